@@ -1,0 +1,139 @@
+"""AdamW for many replicas at once, in one flat buffer."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from models import AdaptiveTransformer
+
+
+class ReplicatedAdamW:
+    """AdamW (arXiv 1711.05101) with a learning rate, a clip and an active mask per replica.
+
+    All parameters of all replicas live in one buffer `[n_replicas, n_params]`; the model's
+    parameters become views of it, so a step is a handful of elementwise operations and a replica
+    is one row.
+
+    The moments are kept bias-corrected: m <- m + (1 - b1) / (1 - b1^t) * (g - m) equals Adam's
+    m / (1 - b1^t). `t` counts per replica and width level, so parameters of an inactive level are
+    frozen whole (value, moments, count) and continue where they stopped.
+
+    Args:
+        model: Its parameters are moved into the buffer.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        max_norm: Gradient norm above which a replica's gradient is scaled down.
+    """
+
+    def __init__(
+        self,
+        model: AdaptiveTransformer,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        max_norm: float = 1.0,
+    ) -> None:
+        self.betas, self.eps, self.max_norm = betas, eps, max_norm
+        self._parameters = list(model.parameters())
+        n = model.n_replicas
+        self.values = torch.cat([p.detach().reshape(n, -1) for p in self._parameters], dim=1)
+        self._point_parameters_at_values()
+        self.moment1 = torch.zeros_like(self.values)
+        self.moment2 = torch.zeros_like(self.values)
+        self.gradient = torch.zeros_like(self.values)
+        n_levels = model.gates.shape[1]
+        device = self.values.device
+        self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
+        self._group, self._block = self._partition(model, n_levels)
+
+    def _point_parameters_at_values(self) -> None:
+        start = 0
+        for p in self._parameters:
+            size = p[0].numel()
+            p.data = self.values[:, start : start + size].view(p.shape)
+            start += size
+
+    def _partition(self, model: AdaptiveTransformer, n_levels: int) -> tuple[Tensor, Tensor]:
+        """One-hot `[2 * n_levels, n_params]` (level, and level without decay) and
+        `[n_params, n_blocks]` (which parameter tensor).
+        """
+        levels = model.parameter_levels()
+        groups, blocks = [], []
+        for i, (name, p) in enumerate(model.named_parameters()):
+            level = levels[name].flatten()
+            groups.append(level if p.dim() > 2 else level + n_levels)  # norm gains: no decay
+            blocks.append(torch.full_like(level, i))
+        one_hot = torch.nn.functional.one_hot
+        group = one_hot(torch.cat(groups), 2 * n_levels).T.contiguous()
+        return group.to(self.values), one_hot(torch.cat(blocks)).to(self.values)
+
+    def collect_gradient(self) -> Float[Tensor, " replica"]:
+        """Moves the parameters' gradients into the buffer; returns each replica's norm."""
+        n = len(self.values)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        torch.cat([g.reshape(n, -1) for g in gradients], dim=1, out=self.gradient)
+        for p in self._parameters:
+            p.grad = None
+        return torch.linalg.vector_norm(self.gradient, dim=1)
+
+    @torch.no_grad()
+    def step(
+        self,
+        learning_rate: Float[Tensor, " replica"],
+        weight_decay: Float[Tensor, " replica"],
+        active: Bool[Tensor, "replica level"],
+        *,
+        measure: bool = False,
+    ) -> tuple[Float[Tensor, " replica"], Float[Tensor, "replica block"] | None]:
+        """One optimizer step of every replica.
+
+        Args:
+            learning_rate: Step size per replica.
+            weight_decay: Decoupled decay per replica, for matrices and embeddings.
+            active: Width levels that take part; the others' parameters stay bit for bit.
+            measure: Also return how far each parameter tensor moved.
+
+        Returns:
+            Gradient norm before clipping, and with `measure` the update-to-weight ratio
+            ||p_new - p|| / ||p|| of each parameter tensor.
+        """
+        norm = self.collect_gradient()
+        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        gradient = self.gradient.mul_(scale[:, None])
+        self.counts += active
+        beta1, beta2 = self.betas
+        self.moment1.lerp_(gradient, self._expand(self._rate(beta1, active)))
+        self.moment2.lerp_(gradient.square_(), self._expand(self._rate(beta2, active)))
+        rate = learning_rate[:, None] * active
+        step = self.moment2.sqrt().add_(self.eps)
+        torch.div(self.moment1, step, out=step).mul_(self._expand(rate))
+        decay = rate * weight_decay[:, None]
+        step.addcmul_(self.values, self._expand(decay, undecayed=torch.zeros_like(decay)))
+        ratios = None
+        if measure:
+            ratios = ((step.square() @ self._block) / (self.values.square() @ self._block)).sqrt()
+        self.values.sub_(step)
+        return norm, ratios
+
+    def _rate(self, beta: float, active: Tensor) -> Tensor:
+        rate = (1 - beta) / (1 - beta ** self.counts.clamp(min=1))
+        return rate * active
+
+    def _expand(self, table: Tensor, undecayed: Tensor | None = None) -> Tensor:
+        """Spreads `[replica, level]` over the parameters, `[replica, n_params]`, exactly."""
+        both = torch.cat((table, table if undecayed is None else undecayed), dim=1)
+        return both.to(self.values) @ self._group
+
+    def reset_rows(self, rows: list[int]) -> None:
+        """Forgets the moments and counts of some replicas."""
+        for state in (self.moment1, self.moment2, self.counts):
+            state[rows] = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, each tensor with a leading replica dimension."""
+        return {
+            "values": self.values,
+            "moment1": self.moment1,
+            "moment2": self.moment2,
+            "counts": self.counts,
+        }

@@ -1,0 +1,43 @@
+"""What Gymnasium calls to build the environments of this package."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+
+def _require_own_models() -> None:
+    """Refuses to run with somebody else's package called `models`."""
+    own = Path(__file__).resolve().parent.parent / "models"
+    spec = importlib.util.find_spec("models")
+    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+    if found != own:
+        raise ImportError(
+            f"metactl needs its own package 'models' at {own}, but Python finds {found or 'none'} "
+            f"first. Rename that folder, run from another directory, or put {own.parent} before it "
+            f"on sys.path."
+        )
+
+
+_require_own_models()
+
+from envs.transformer_run import AdaptiveTransformerRun, RunConfig, build_run  # noqa: E402
+from metactl.env import TrainingRunEnv, TrainingRunVectorEnv, split_options  # noqa: E402
+
+__all__ = ["AdaptiveTransformerRun", "RunConfig", "make_environment", "make_vector_environment"]
+
+
+def make_environment(render_mode: str | None = None, **options: Any) -> TrainingRunEnv:
+    """One adaptive transformer as an environment; options of `RunConfig` and `ControlConfig`."""
+    run_options, control = split_options(options)
+    return TrainingRunEnv(build_run(1, run_options), control, render_mode=render_mode)
+
+
+def make_vector_environment(
+    num_envs: int = 1,
+    render_mode: str | None = None,
+    max_episode_steps: int | None = None,
+    **options: Any,
+) -> TrainingRunVectorEnv:
+    """A population of adaptive transformers as a vector environment."""
+    run_options, control = split_options(options)
+    return TrainingRunVectorEnv(build_run(num_envs, run_options), control, render_mode=render_mode)

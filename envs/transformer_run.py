@@ -1,0 +1,352 @@
+"""Adaptive transformers learning text: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from envs.adamw import ReplicatedAdamW
+from envs.tasks import TextFamily, TextTask, load_corpus
+from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
+from metactl.knobs import Knob
+from metactl.run import FloatArray, Measurement, TrainingRun
+from models import (
+    AdaptiveTransformer,
+    Noise,
+    TransformerConfig,
+    cross_entropy,
+    hashed_integers,
+    training_flops,
+)
+
+_DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM = 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class RunConfig:
+    """One recipe for training adaptive transformers on text.
+
+    Args:
+        data: File or folder of text; the Python standard library's sources without one.
+        d_model: Channels at full width.
+        n_layers: Blocks.
+        n_heads: Attention heads at full width.
+        context: Tokens (bytes) per sequence.
+        feed_forward: `"gelu"` or `"swiglu"`.
+        rotation: Rotation variant.
+        batch_size: Sequences per optimizer step.
+        horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
+        unique_bytes: Range of the unique training data, in bytes, drawn log-uniformly.
+        learning_rate: Peak of the schedule (linear warm-up, cosine decay).
+        warmup: Share of the horizon spent warming up.
+        final_learning_rate: Learning rate at the end, as a share of the peak.
+        weight_decay: Decoupled decay of matrices and embeddings.
+        max_gradient_norm: Clipping threshold, per replica.
+        beta2: Decay of AdamW's second moment.
+        default_dropout: Dropout of a run that nobody controls.
+        device: Torch device, such as `"cpu"` or `"cuda"`.
+        dtype: `"float32"`, or `"float64"` for exact comparisons.
+    """
+
+    data: str | None = None
+    d_model: int = 32
+    n_layers: int = 2
+    n_heads: int = 4
+    context: int = 32
+    feed_forward: str = "gelu"
+    rotation: str = "rope"
+    batch_size: int = 8
+    horizon: int | tuple[int, int] = 400
+    unique_bytes: tuple[int, int] = (1_500, 1_000_000)
+    learning_rate: float = 4e-3
+    warmup: float = 0.1
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+    beta2: float = 0.99
+    default_dropout: float = 0.1
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        low, high = self.horizon_range
+        if not 1 <= low <= high:
+            raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
+        for name in ("learning_rate", "batch_size", "max_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
+
+    @property
+    def horizon_range(self) -> tuple[int, int]:
+        return (self.horizon,) * 2 if isinstance(self.horizon, int) else self.horizon
+
+    def transformer(self) -> TransformerConfig:
+        return TransformerConfig(
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            context=self.context,
+            feed_forward=self.feed_forward,
+            rotation=self.rotation,
+        )
+
+
+def build_run(n_runs: int, options: Mapping[str, Any]) -> "AdaptiveTransformerRun":
+    """A run from options as YAML or keyword arguments give them."""
+    return AdaptiveTransformerRun(TypeAdapter(RunConfig).validate_python(dict(options)), n_runs)
+
+
+class AdaptiveTransformerRun(TrainingRun):
+    """N adaptive transformers trained together, each on its own task.
+
+    Args:
+        config: The recipe.
+        n_runs: Replicas advanced in one tensor program.
+    """
+
+    def __init__(self, config: RunConfig, n_runs: int) -> None:
+        self.config, self.n_runs = config, n_runs
+        self.horizon = config.horizon_range[0]
+        self.device = torch.device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        shape = config.transformer()
+        self.model = AdaptiveTransformer(shape, n_runs, device=self.device, dtype=self.dtype)
+        self.optimizer = ReplicatedAdamW(
+            self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm
+        )
+        self._weight_decay = torch.full(
+            (n_runs,), config.weight_decay, dtype=torch.float64, device=self.device
+        )
+        self.family = TextFamily(load_corpus(config.data), config.context, config.unique_bytes)
+        self._text = torch.from_numpy(self.family.corpus.data.copy()).to(self.device)
+        self._knobs = transformer_knobs(config)
+        self._allocate_rows()
+        self.draw_horizon(0)
+
+    def _allocate_rows(self) -> None:
+        n, device, window = self.n_runs, self.device, self.config.context + 1
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(n, *shape, dtype=dtype, device=device)
+
+        self._rows: dict[str, Tensor] = {
+            "seed": integers(),
+            "step": integers(),
+            "train_start": integers(),
+            "train_bytes": integers() + window,
+            "probe": integers(PROBE_SEQUENCES, window),
+            "test": integers(TEST_SEQUENCES, window),
+            "flops": integers(dtype=torch.float64),
+            "diverged": integers(dtype=torch.bool),
+        }
+
+    @property
+    def knobs(self) -> Sequence[Knob]:
+        return self._knobs
+
+    def sample_task(self, seed: int, split: str = "meta_train") -> TextTask:
+        return self.family.sample(seed, split)
+
+    def draw_horizon(self, seed: int) -> None:
+        low, high = np.log(self.config.horizon_range)
+        rng = np.random.default_rng([seed, 0x40712])
+        self.horizon = round(float(np.exp(rng.uniform(low, high))))
+
+    # One run's life ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:
+        rows = list(rows)
+        window = torch.arange(self.config.context + 1, device=self.device)
+        for row, task, seed in zip(rows, tasks, seeds, strict=True):
+            self._rows["seed"][row] = seed
+            self._rows["train_start"][row] = task.train_start
+            self._rows["train_bytes"][row] = task.train_bytes
+            for split in ("probe", "test"):
+                starts = torch.from_numpy(getattr(task, split)).to(self.device)
+                self._rows[split][row] = self._text[starts[:, None] + window].long()
+        for name in ("step", "flops", "diverged"):
+            self._rows[name][rows] = 0
+        keys = torch.tensor(list(seeds))
+        weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
+        self.model.initialise(rows, weight_seeds)
+        self.optimizer.reset_rows(rows)
+        self.model.set_knobs({knob.name: knob.default for knob in self._knobs}, rows)
+        self.model.settle_gates(rows)
+
+    def apply(self, values: Mapping[str, FloatArray]) -> None:
+        self.model.set_knobs(values)
+        self.model.settle_gates(np.flatnonzero(self._rows["step"].cpu().numpy() == 0).tolist())
+
+    def advance(self, n_steps: int) -> Measurement:
+        losses, norms = [], []
+        ratios: Tensor | None = None
+        flops = torch.from_numpy(self.cost()).to(self.device)
+        for i in range(n_steps):
+            self.model.step_gates(1 / n_steps)
+            loss, norm, ratios = self._optimizer_step(measure=i == n_steps - 1)
+            losses.append(loss)
+            norms.append(norm)
+        self._rows["flops"] += n_steps * flops
+        loss, norm = torch.stack(losses).double(), torch.stack(norms).double()
+        assert ratios is not None
+        finite = torch.isfinite(loss).all(0) & torch.isfinite(norm).all(0)
+        finite &= torch.isfinite(self.optimizer.values).all(1)
+        self._rows["diverged"] |= ~finite
+        probe = self.evaluate("probe")
+        packed = torch.stack(
+            (
+                loss.mean(0),
+                loss.std(0, unbiased=False),
+                norm.mean(0),
+                ratios.double().median(1).values,
+                ratios.double().amax(1),
+                self._rows["flops"],
+                self._rows["diverged"].double(),
+                self._rows["step"].double(),
+                self._rows["train_bytes"].double(),
+            )
+        )
+        mean, std, norm_mean, ratio, ratio_max, spent, diverged, step, unique = packed.cpu().numpy()
+        return Measurement(
+            train_loss=mean,
+            train_loss_std=std,
+            probe_loss=probe,
+            gradient_norm=norm_mean,
+            update_ratio_median=ratio,
+            update_ratio_max=ratio_max,
+            diverged=diverged.astype(bool) | ~np.isfinite(probe),
+            tokens_seen=step * self.config.batch_size * self.config.context,
+            unique_tokens=unique,
+            n_parameters=np.full(self.n_runs, float(self.model.count_parameters())),
+            flops=spent,
+            relative_cost=self.cost() / self._default_cost(),
+        )
+
+    def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        tokens = self._batch()
+        seeds = self._rows["seed"] ^ (_NOISE_STREAM << 56)
+        logits = self.model(tokens[..., :-1], Noise(seeds, self._rows["step"]))
+        loss = cross_entropy(logits, tokens[..., 1:])
+        loss.sum().backward()
+        norm, ratios = self.optimizer.step(
+            self._learning_rate(), self._weight_decay, self.model.gates > 0, measure=measure
+        )
+        self._rows["step"] += 1
+        return loss.detach(), norm, ratios
+
+    def _batch(self) -> Tensor:
+        """Windows drawn from each row's data by its seed and step, `[n_runs, batch, context + 1]`."""
+        rows, window = self._rows, self.config.context + 1
+        places = torch.arange(self.config.batch_size, device=self.device)
+        starts = rows["train_start"][:, None] + hashed_integers(
+            (rows["train_bytes"] - window + 1)[:, None],
+            (rows["seed"] ^ (_DATA_STREAM << 56))[:, None],
+            rows["step"][:, None],
+            places,
+        )
+        windows = self._text.as_strided((len(self._text) - window + 1, window), (1, 1))
+        return windows.index_select(0, starts.flatten()).long().view(self.n_runs, -1, window)
+
+    def _learning_rate(self) -> Tensor:
+        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
+        config = self.config
+        progress = self._rows["step"].double() / self.horizon
+        warm = ((self._rows["step"] + 1) / max(1.0, config.warmup * self.horizon)).clamp(max=1)
+        phase = ((progress - config.warmup) / (1 - config.warmup)).clamp(0, 1)
+        low = config.final_learning_rate
+        decay = low + (1 - low) * (1 + torch.cos(math.pi * phase)) / 2
+        return config.learning_rate * warm * decay
+
+    @torch.no_grad()
+    def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
+        if split not in ("probe", "test"):
+            raise ValueError(f"Unknown split {split!r}. Known: probe, test")
+        tokens = self._rows[split]
+        loss = cross_entropy(self.model(tokens[..., :-1]), tokens[..., 1:]).double()
+        return loss.cpu().numpy()[slice(None) if rows is None else list(rows)]
+
+    # What it costs, and what there is to keep ------------------------------------------------
+
+    def cost(self) -> FloatArray:
+        values = {name: value.tolist() for name, value in self.model.knob_values().items()}
+        pairs = zip(values["embedding_width"], values["attention_span"], strict=True)
+        return np.array([self._flops(width, span) for width, span in pairs])
+
+    def _default_cost(self) -> float:
+        return self._flops(1.0, float(self.config.context))
+
+    def _flops(self, width: float, span: float) -> float:
+        return training_flops(
+            self.model.config,
+            width=width,
+            span=span,
+            batch=self.config.batch_size,
+            seq=self.config.context,
+        )
+
+    def state_dict(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        return {name: tensor[list(rows)].clone() for name, tensor in self._state().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, rows: Sequence[int], state: Mapping[str, Any]) -> None:
+        for name, tensor in self._state().items():
+            tensor[list(rows)] = state[name].to(tensor)
+        self.model.refresh()
+
+    def _state(self) -> dict[str, Tensor]:
+        knobs = {f"knob/{name}": tensor for name, tensor in self.model.knob_buffers().items()}
+        return {**self._rows, **knobs, **self.optimizer.tensors()}
+
+    @torch.no_grad()
+    def export(self, row: int) -> AdaptiveTransformer:
+        model = AdaptiveTransformer(self.model.config, device=self.device, dtype=self.dtype)
+        state = model.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            state[name].copy_(tensor[row : row + 1])
+        model.load_state_dict(state)
+        return model
+
+
+def transformer_knobs(config: RunConfig) -> tuple[Knob, ...]:
+    """The four knobs of an adaptive transformer, with the recipe's values as defaults."""
+    shape = config.transformer()
+    return (
+        Knob(
+            name="rope_base", low=4.0, high=1e6, default=shape.rope_base, scale="log2", unit="base"
+        ),
+        Knob(
+            name="attention_span",
+            low=min(4.0, config.context / 2),
+            high=float(config.context),
+            default=float(config.context),
+            scale="log2",
+            unit="tokens",
+        ),
+        Knob(
+            name="embedding_width",
+            low=shape.width_levels[0],
+            high=1.0,
+            default=1.0,
+            scale="levels",
+            levels=shape.width_levels,
+            unit="fraction",
+        ),
+        Knob(
+            name="dropout",
+            low=0.0,
+            high=0.6,
+            default=config.default_dropout,
+            scale="linear",
+            unit="probability",
+        ),
+    )

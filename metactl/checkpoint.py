@@ -1,0 +1,87 @@
+"""Checkpoints that survive a kill at any moment: atomic, checksummed, without pickle.
+
+A checkpoint is a folder `step-N` with `state.safetensors` and `state.json`; the JSON holds the
+checksum of the tensors. It is written beside its place and renamed; the newest intact one counts.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from metactl.files import write_atomically
+
+logger = logging.getLogger(__name__)
+KEEP = 3
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint and drops all but the newest three.
+
+    Args:
+        folder: Holds the checkpoints of one run.
+        step: What the run has done so far; names the checkpoint.
+        tensors: State as tensors.
+        scalars: State as JSON values.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = folder / f"step-{step:012d}"
+    draft = folder / f".{final.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    blob = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_atomically(draft / "state.safetensors", blob)
+    body = json.dumps(dict(scalars), allow_nan=False, sort_keys=True)
+    manifest = {
+        "scalars": body,
+        "scalars_sha256": hashlib.sha256(body.encode()).hexdigest(),
+        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+    }
+    write_atomically(draft / "state.json", json.dumps(manifest).encode())
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    for old in _checkpoints(folder)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """State of the newest intact checkpoint; damaged ones are passed over with a warning."""
+    for checkpoint in _checkpoints(folder):
+        try:
+            return _load(checkpoint)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("Checkpoint %s is damaged, trying an older one: %s", checkpoint, error)
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{12}", path.name)]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    manifest = json.loads((checkpoint / "state.json").read_bytes())
+    blob = (checkpoint / "state.safetensors").read_bytes()
+    body = manifest["scalars"]
+    for data, name in ((blob, "tensors"), (body.encode(), "scalars")):
+        if hashlib.sha256(data).hexdigest() != manifest[f"{name}_sha256"]:
+            raise ValueError(f"the checksum of the {name} does not match")
+    return load_tensors(blob), json.loads(body)

@@ -1,0 +1,178 @@
+"""Configurations: dataclasses with defaults, read from YAML, changed by flags. No torch here."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the value."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EnvironmentConfig:
+    """Which environment, how many runs, and where they live.
+
+    Args:
+        id: Gymnasium id with its module prefix.
+        options: Keyword arguments of the environment (see its documentation).
+        n_envs: Training runs per worker, advanced as one tensor program.
+        n_workers: Worker processes with one thread each; -1 is one per core, 0 none.
+    """
+
+    id: str = "envs:AdaptiveTransformer-v0"
+    options: dict[str, Any] = field(default_factory=dict)
+    n_envs: int = 16
+    n_workers: int = -1
+
+    def __post_init__(self) -> None:
+        if self.n_envs < 1:
+            raise ValueError(f"n_envs must be at least 1 training run, got {self.n_envs}")
+        if self.n_workers < -1:
+            raise ValueError(f"n_workers must be -1, 0 or more, got {self.n_workers}")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PPOConfig:
+    """Proximal policy optimisation (arXiv 1707.06347), Stable-Baselines3's names.
+
+    Args:
+        total_timesteps: Control steps to learn from, over all runs.
+        n_steps: Control steps of each run between updates.
+        batch_size: Control steps per minibatch.
+        n_epochs: Passes over what was collected.
+        learning_rate: Of Adam, decaying linearly to 0.
+        gamma: Discount per control step.
+        gae_lambda: Trace of the advantage estimate.
+        clip_range: Of the probability ratio.
+        ent_coef: Weight of the entropy bonus.
+        log_std_init: Log deviation of the actions at the start.
+        hidden: Units of the hidden layers.
+    """
+
+    total_timesteps: int = 50_000
+    n_steps: int = 40
+    batch_size: int = 256
+    n_epochs: int = 8
+    learning_rate: float = 1e-3
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    ent_coef: float = 0.0
+    log_std_init: float = -0.5
+    hidden: tuple[int, ...] = (64, 64)
+
+    def __post_init__(self) -> None:
+        for name in ("total_timesteps", "n_steps", "batch_size", "n_epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """Training a meta-controller.
+
+    Args:
+        environment: What it learns on.
+        ppo: How it learns.
+        seed: Determines tasks, runs and learning.
+        checkpoint_every: Updates between checkpoints.
+    """
+
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    seed: int = 0
+    checkpoint_every: int = 1
+
+
+def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, Any]) -> T:
+    """A configuration from a YAML file (or the defaults) with some keys changed.
+
+    Args:
+        kind: The dataclass.
+        path: YAML that holds what differs from the defaults.
+        changes: Dotted keys and values, such as `{"ppo.learning_rate": 3e-4}`; they win.
+
+    Raises:
+        ConfigError: For an unreadable file, an unknown key or a value out of range.
+    """
+    values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    for key, value in changes.items():
+        *parents, leaf = key.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return parse(kind, values, source=str(path) if path is not None else "the flags")
+
+
+def parse(kind: type[T], values: Mapping[str, Any], source: str) -> T:
+    """Validates plain values; errors name the key, the file and what was received."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_error(kind, error)}") from error
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, the reverse of `parse`."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Config {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"Config {str(path)!r} is not YAML: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"Config {str(path)!r} must hold keys and values, got {values!r}")
+    return values
+
+
+def _first_error(kind: type, error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
+        known = _known_keys(kind, [str(part) for part in first["loc"][:-1]])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        return f"unknown key {where!r}. Known: {', '.join(known)}.{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message if not where else f"{where}: {message}"
+    received = first.get("input")
+    return f"{where}: {message}, got {received!r}"
+
+
+def _known_keys(kind: Any, path: list[str]) -> list[str]:
+    for part in path:
+        kind = kind.__dataclass_fields__[part].type
+    return list(kind.__dataclass_fields__)
+
+
+def parse_flag(text: str) -> Any:
+    """A value given as `key=value` on the command line, read as YAML reads it (and 1e-4 too)."""
+    try:
+        number = float(text)
+    except ValueError:
+        return yaml.safe_load(text)
+    whole = number.is_integer() if math.isfinite(number) else False
+    return int(number) if whole and "." not in text and "e" not in text.lower() else number

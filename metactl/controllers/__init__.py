@@ -1,0 +1,21 @@
+"""Controllers: what turns observations into knob moves, learned or not."""
+
+from metactl.controllers.base import Controller
+from metactl.controllers.guard import Guard
+from metactl.controllers.learned import Learned
+from metactl.controllers.random import RandomMoves
+from metactl.controllers.replay import Replay
+from metactl.controllers.responsive import Responsive
+from metactl.controllers.schedule import Schedule
+from metactl.controllers.static import Static
+
+__all__ = [
+    "Controller",
+    "Guard",
+    "Learned",
+    "RandomMoves",
+    "Replay",
+    "Responsive",
+    "Schedule",
+    "Static",
+]

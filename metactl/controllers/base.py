@@ -1,0 +1,41 @@
+"""The base of all controllers."""
+
+import abc
+
+import numpy as np
+
+from metactl.signals import Codec
+
+
+class Controller(abc.ABC):
+    """Turns observations into actions, for any number of runs at once.
+
+    A controller sees what every controller sees: the observation of `metactl.signals.Codec`. It
+    may remember things per run; `begin` clears them.
+    """
+
+    codec: Codec
+    n_runs: int
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        """Prepares for `n_runs` new runs whose observations `codec` puts together."""
+        self.codec, self.n_runs = codec, n_runs
+
+    @abc.abstractmethod
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Actions `[n_runs, n_knobs]` in [-1, 1] from observations `[n_runs, n_observations]`."""
+
+    def hold(self) -> np.ndarray:
+        """The actions that move nothing."""
+        return np.zeros((self.n_runs, len(self.codec.knobs)))
+
+    def towards(self, target: np.ndarray, observation: np.ndarray, progress: float) -> np.ndarray:
+        """The actions that bring knobs to `target` positions, as far as one step reaches.
+
+        Args:
+            target: `[n_runs, n_knobs]` in [0, 1].
+            observation: Where the knobs are now.
+            progress: Fraction of the run that a control step covers.
+        """
+        largest = np.array([knob.max_move for knob in self.codec.knobs.knobs]) * progress
+        return np.clip((target - self.codec.positions(observation)) / largest, -1, 1)

@@ -1,0 +1,47 @@
+"""The learned controller: a policy file at work on whatever run it is given."""
+
+import numpy as np
+
+from metactl.controllers.base import Controller
+from metactl.policy import Policy
+from metactl.signals import Codec
+
+
+class Learned(Controller):
+    """Acts by a policy; knobs and signals are matched by name.
+
+    Knobs that the policy does not know are left alone; what the policy expects and the run does
+    not have is observed as absent.
+
+    Args:
+        policy: The policy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        known = [knob.name for knob in self.policy.card.knobs]
+        self._pairs = [
+            (i, known.index(name)) for i, name in enumerate(codec.knobs.names) if name in known
+        ]
+        if not self._pairs:
+            raise ValueError(
+                f"The policy and the run have no knob in common: the policy moves "
+                f"{', '.join(known)}; the run has {', '.join(codec.knobs.names)}"
+            )
+        names = list(self.policy.card.observations)
+        self._entries = [
+            (i, codec.names.index(name)) for i, name in enumerate(names) if name in codec.names
+        ]
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        seen = np.zeros((len(observation), len(self.policy.card.observations)))
+        for theirs, ours in self._entries:
+            seen[:, theirs] = observation[:, ours]
+        decided = self.policy.act(seen)
+        actions = self.hold()
+        for ours, theirs in self._pairs:
+            actions[:, ours] = decided[:, theirs]
+        return actions

@@ -1,0 +1,19 @@
+"""Replay: a recorded trajectory of knob positions, whatever the run does."""
+
+import numpy as np
+
+from metactl.controllers.schedule import Schedule
+from metactl.knobs import FloatArray
+
+
+class Replay(Schedule):
+    """Replays recorded positions; what a learned policy is worth without its feedback.
+
+    Args:
+        positions: `[n_control_steps + 1, n_knobs]`: where the recorded run began, and where its
+            knobs were in each control step.
+    """
+
+    def __init__(self, positions: FloatArray) -> None:
+        n_control_steps = len(positions) - 1
+        super().__init__(np.linspace(0, 1, n_control_steps + 1), positions, n_control_steps)

@@ -1,0 +1,367 @@
+"""Training runs as Gymnasium environments: one run, or a population of them.
+
+One control step: action -> knob values -> optimizer steps -> measurement -> observation, reward.
+`ControlLoop` is that line for N runs; the two environments are its faces.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass as validated
+
+from metactl.knobs import FloatArray, KnobSet
+from metactl.reward import ImprovementReward
+from metactl.run import Measurement, TrainingRun
+from metactl.signals import BOUND, Codec, History
+
+
+@validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ControlConfig:
+    """How an environment is controlled and how its episodes begin.
+
+    Args:
+        n_control_steps: Decisions per training run.
+        split: `"meta_train"` or `"meta_test"`: which tasks are drawn.
+        reward_scale: Improvement of a default run, in nats; the reward's unit.
+        random_start: Probability that an episode begins with random knob positions.
+        freeze: Probability that a knob is frozen (unavailable) in an episode.
+    """
+
+    n_control_steps: int = 40
+    split: str = "meta_train"
+    reward_scale: float = 1.0
+    random_start: float = 0.0
+    freeze: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_control_steps < 1:
+            raise ValueError(f"n_control_steps must be at least 1, got {self.n_control_steps}")
+        for name in ("random_start", "freeze"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], ControlConfig]:
+    """Separates the options of a run from those of its control."""
+    names = {field.name for field in fields(ControlConfig)}
+    control = {key: value for key, value in options.items() if key in names}
+    rest = {key: value for key, value in options.items() if key not in names}
+    return rest, TypeAdapter(ControlConfig).validate_python(control)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """How one episode begins.
+
+    Args:
+        task_seed: Determines the task.
+        run_seed: Determines weights, batches and noise.
+        positions: Knob positions `[n_knobs]` in [0, 1].
+        available: 1 where a knob may move, `[n_knobs]`.
+    """
+
+    task_seed: int
+    run_seed: int
+    positions: FloatArray
+    available: FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a control step returned; every array has a leading `[n_runs]`."""
+
+    observation: np.ndarray
+    reward: FloatArray
+    terminated: np.ndarray
+    measurement: Measurement
+    values: dict[str, FloatArray]
+
+
+class ControlLoop:
+    """N training runs, their knobs, what was seen of them and what it was worth.
+
+    Args:
+        run: The plant.
+        config: How it is controlled.
+    """
+
+    def __init__(self, run: TrainingRun, config: ControlConfig) -> None:
+        self.run, self.config = run, config
+        self.knobs = KnobSet(run.knobs)
+        self.codec = Codec(self.knobs)
+        self.reward = ImprovementReward(scale=config.reward_scale)
+        n, k = run.n_runs, len(self.knobs)
+        self.history = History(n, config.n_control_steps + 1)
+        self.positions = self.knobs.default_positions(n)
+        self.last_moves = np.zeros((n, k))
+        self.available = np.ones((n, k))
+        self.control_step = np.zeros(n, dtype=np.int64)
+        self.value = np.zeros(n)
+        self.start_loss = np.zeros(n)
+        self._round_horizon()
+
+    def _round_horizon(self) -> None:
+        """Every control step takes the same number of optimizer steps."""
+        n = self.config.n_control_steps
+        if self.run.horizon < n:
+            raise ValueError(
+                f"horizon must be at least n_control_steps={n} optimizer steps, "
+                f"got {self.run.horizon}"
+            )
+        self.optimizer_steps = round(self.run.horizon / n)
+        self.run.horizon = n * self.optimizer_steps
+
+    def draw_horizon(self, seed: int) -> None:
+        """Draws a new horizon where the run varies it; all rows must be between runs."""
+        self.run.draw_horizon(seed)
+        self._round_horizon()
+
+    def draw_episode(self, seed: int, index: int) -> Episode:
+        """The `index`-th episode of an environment seed."""
+        rng = np.random.default_rng([seed, index])
+        task_seed, run_seed = (int(x) for x in rng.integers(0, 2**31, size=2))
+        positions = self.knobs.default_positions(1)[0]
+        if rng.random() < self.config.random_start:
+            positions = rng.random(len(self.knobs))
+        available = (rng.random(len(self.knobs)) >= self.config.freeze).astype(np.float64)
+        if not available.any():
+            available[rng.integers(len(self.knobs))] = 1.0
+        return Episode(
+            task_seed=task_seed, run_seed=run_seed, positions=positions, available=available
+        )
+
+    def reset(self, rows: Sequence[int], episodes: Sequence[Episode]) -> np.ndarray:
+        """Starts episodes in some rows; returns the observations of all rows."""
+        rows = list(rows)
+        tasks = [self.run.sample_task(e.task_seed, self.config.split) for e in episodes]
+        self.run.reset(rows, tasks, [episode.run_seed for episode in episodes])
+        for row, episode in zip(rows, episodes, strict=True):
+            self.positions[row] = episode.positions
+            self.available[row] = episode.available
+        self.run.apply(self.knobs.values(self.positions))
+        loss = self.run.evaluate("probe", rows)
+        self.history.reset(rows, {"progress": np.zeros(len(rows)), "probe_loss": loss})
+        self.start_loss[rows] = loss
+        self.last_moves[rows] = 0
+        self.control_step[rows] = 0
+        self.value[rows] = 0
+        return self.observe()
+
+    def observe(self) -> np.ndarray:
+        return self.codec.observe(self.history, self.positions, self.last_moves, self.available)
+
+    def step(self, action: np.ndarray) -> Step:
+        """Moves the knobs, trains, and says what was seen and what it was worth."""
+        share = 1 / self.config.n_control_steps
+        action = np.nan_to_num(np.asarray(action, dtype=np.float64), nan=0.0)
+        moved = self.knobs.move(self.positions, action, progress=share, available=self.available)
+        largest = np.array([knob.max_move for knob in self.knobs.knobs]) * share
+        self.last_moves = (moved - self.positions) / largest
+        self.positions = moved
+        values = self.knobs.values(moved)
+        self.run.apply(values)
+        measurement = self.run.advance(self.optimizer_steps)
+        self.control_step += 1
+        self.history.append(self.control_step * share, measurement)
+        loss = measurement.probe_loss
+        if loss is None:
+            loss = measurement.train_loss
+        value = self.reward.value(self.start_loss, loss, measurement.diverged)
+        reward, self.value = value - self.value, value
+        return Step(
+            observation=self.observe(),
+            reward=reward,
+            terminated=measurement.diverged | (self.control_step >= self.config.n_control_steps),
+            measurement=measurement,
+            values=values,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that determines how the episodes go on, arrays and tensors by name."""
+        rows = list(range(self.run.n_runs))
+        own = {name: getattr(self, name).copy() for name in self._own_arrays()}
+        history = {f"history/{name}": col.copy() for name, col in self.history.columns.items()}
+        run = {f"run/{name}": value for name, value in self.run.state_dict(rows).items()}
+        return {**own, **history, **run, "horizon": np.array([self.run.horizon])}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self._own_arrays():
+            setattr(self, name, np.array(state[name]))
+        for name in self.history.columns:
+            self.history.columns[name] = np.array(state[f"history/{name}"])
+        self.run.horizon = int(state["horizon"][0])
+        self._round_horizon()
+        run = {key[4:]: value for key, value in state.items() if key.startswith("run/")}
+        self.run.load_state_dict(list(range(self.run.n_runs)), run)
+
+    @staticmethod
+    def _own_arrays() -> tuple[str, ...]:
+        return ("positions", "last_moves", "available", "control_step", "value", "start_loss")
+
+
+def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+    observation = gymnasium.spaces.Box(-BOUND, BOUND, (len(loop.codec),), np.float32)
+    action = gymnasium.spaces.Box(-1.0, 1.0, (len(loop.knobs),), np.float32)
+    return observation, action
+
+
+def _info(step: Step, row: int) -> dict[str, Any]:
+    """What one run showed; never the test loss."""
+    measured = {
+        name: float(value[row])
+        for name, value in step.measurement.arrays().items()
+        if value is not None and name != "diverged"
+    }
+    knobs = {f"knob/{name}": float(value[row]) for name, value in step.values.items()}
+    return {**measured, **knobs, "diverged": bool(step.measurement.diverged[row])}
+
+
+class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One training run as an environment.
+
+    Observation: the universal signals of the training dynamics, availability flags, and three
+    entries per knob; see `metactl.signals.Codec`, whose `names` list them. Box in [-10, 10].
+
+    Action: per knob, the share of its largest move; Box in [-1, 1]; 0 moves nothing.
+
+    Reward: improvement of the probe loss since the last control step, in units of
+    `reward_scale`; see `metactl.reward`.
+
+    An episode is one training run. It is terminated at the end of the horizon, or when the run
+    diverges; it is never truncated.
+
+    Args:
+        run: A plant with `n_runs == 1`.
+        config: How it is controlled.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
+
+    def __init__(
+        self, run: TrainingRun, config: ControlConfig, render_mode: str | None = None
+    ) -> None:
+        if run.n_runs != 1:
+            raise ValueError(f"TrainingRunEnv needs a run with n_runs=1, got {run.n_runs}")
+        self.render_mode = render_mode
+        self.loop = ControlLoop(run, config)
+        self.observation_space, self.action_space = _spaces(self.loop)
+        self._seed, self._episode = 0, 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self._seed, self._episode = seed, 0
+        self.loop.draw_horizon(_horizon_seed(self._seed, self._episode))
+        episode = self.loop.draw_episode(self._seed, self._episode)
+        self._episode += 1
+        return self.loop.reset([0], [episode])[0], {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        step = self.loop.step(np.asarray(action)[None])
+        return (
+            step.observation[0].copy(),
+            float(step.reward[0]),
+            bool(step.terminated[0]),
+            False,
+            _info(step, 0),
+        )
+
+    def close(self) -> None:
+        self.loop.run.close()
+
+
+class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """A population of training runs as one vector environment; see `TrainingRunEnv`.
+
+    A run that ends is replaced within the same step (`AutoresetMode.SAME_STEP`): its last
+    observation is `infos["final_obs"]`. Row i of a reset with seed s is the single environment
+    reset with seed s + i.
+
+    Args:
+        run: The plant; its `n_runs` is `num_envs`.
+        config: How it is controlled.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+    def __init__(
+        self, run: TrainingRun, config: ControlConfig, render_mode: str | None = None
+    ) -> None:
+        self.render_mode = render_mode
+        self.loop = ControlLoop(run, config)
+        self.num_envs = run.n_runs
+        self.single_observation_space, self.single_action_space = _spaces(self.loop)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._seeds = np.arange(self.num_envs)
+        self._episodes = np.zeros(self.num_envs, dtype=np.int64)
+
+    def reset(
+        self,
+        *,
+        seed: int | list[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is not None:
+            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"reset needs {self.num_envs} seeds, got {len(seeds)}")
+            for i, each in enumerate(seeds):
+                if each is not None:
+                    self._seeds[i], self._episodes[i] = each, 0
+        return self._begin(list(range(self.num_envs))), {}
+
+    def _begin(self, rows: list[int]) -> np.ndarray:
+        if len(rows) == self.num_envs:
+            self.loop.draw_horizon(_horizon_seed(int(self._seeds[0]), int(self._episodes[0])))
+        episodes = [
+            self.loop.draw_episode(int(self._seeds[i]), int(self._episodes[i])) for i in rows
+        ]
+        self._episodes[rows] += 1
+        return self.loop.reset(rows, episodes)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        step = self.loop.step(actions)
+        infos: dict[str, Any] = {}
+        for row in range(self.num_envs):
+            infos = self._add_info(infos, _info(step, row), row)
+        observation = step.observation
+        ended = np.flatnonzero(step.terminated).tolist()
+        if ended:
+            final = np.full(self.num_envs, None, dtype=object)
+            for row in ended:
+                final[row] = observation[row].copy()
+            infos["final_obs"], infos["_final_obs"] = final, step.terminated.copy()
+            infos["final_info"] = {key: value for key, value in infos.items() if "final" not in key}
+            infos["_final_info"] = step.terminated.copy()
+            observation = self._begin(ended)
+        truncated = np.zeros(self.num_envs, dtype=bool)
+        return observation, step.reward, step.terminated.copy(), truncated, infos
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.loop.state_dict(),
+            "seeds": self._seeds.copy(),
+            "episodes": self._episodes.copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._seeds, self._episodes = np.array(state["seeds"]), np.array(state["episodes"])
+        self.loop.load_state_dict(state)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.loop.run.close()
+
+
+def _horizon_seed(seed: int, episode: int) -> int:
+    return int(np.random.default_rng([seed, episode, 2]).integers(2**31))

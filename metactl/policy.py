@@ -1,0 +1,167 @@
+"""The policy file: a learned controller as data, never as code.
+
+A policy is a folder of two files: `policy.json` (the card: what it observes, what it moves, how it
+was trained, what it reached) and `weights.safetensors`. Reading one parses strict JSON and plain
+tensors; nothing in it can run. The card holds the checksum of the weights.
+"""
+
+import hashlib
+import json
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from metactl.files import write_atomically
+from metactl.knobs import FloatArray, Knob
+
+FORMAT_VERSION = 1
+_STRICT = ConfigDict(extra="forbid")
+_MAX_BYTES = 64 << 20
+
+
+class PolicyError(ValueError):
+    """A policy file that cannot be used; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PolicyCard:
+    """Everything about a policy but its weights.
+
+    Args:
+        format_version: Of this file format.
+        metactl_version: That wrote it.
+        knobs: What it moves, in the order of its actions.
+        observations: What it observes, by name, in order.
+        hidden: Units of the hidden tanh layers.
+        n_control_steps: Decisions per run in training.
+        training: Configuration it was trained with.
+        evaluation: Figures it reached, by name.
+        weights_sha256: Checksum of `weights.safetensors`.
+    """
+
+    format_version: int
+    metactl_version: str
+    knobs: tuple[Knob, ...]
+    observations: tuple[str, ...]
+    hidden: tuple[int, ...]
+    n_control_steps: int
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+
+
+class Policy:
+    """A normaliser and a small tanh network: observation -> mean action.
+
+    Args:
+        card: What it is.
+        weights: `mean` and `std` of the observations; `weight_0`, `bias_0`, ... of the layers,
+            the last of which gives the actions.
+
+    Raises:
+        PolicyError: If the weights do not fit the card.
+    """
+
+    def __init__(self, card: PolicyCard, weights: dict[str, FloatArray]) -> None:
+        self.card, self.weights = card, weights
+        sizes = (len(card.observations), *card.hidden, len(card.knobs))
+        expected: dict[str, tuple[int, ...]] = {"mean": sizes[:1], "std": sizes[:1]}
+        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+            expected |= {f"weight_{i}": (n_out, n_in), f"bias_{i}": (n_out,)}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if found != expected:
+            raise PolicyError(f"policy weights must have shapes {expected}, got {found}")
+        for name, value in weights.items():
+            if not np.isfinite(value).all():
+                raise PolicyError(f"policy weight {name!r} has non-finite values")
+        self._n_layers = len(sizes) - 1
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Actions `[n_runs, n_knobs]` in [-1, 1]."""
+        x = (observation - self.weights["mean"]) / self.weights["std"]
+        x = np.clip(x, -10.0, 10.0)
+        for i in range(self._n_layers):
+            # einsum, not a matrix product: one row's action must not depend on how many rows.
+            x = np.einsum("ri,oi->ro", x, self.weights[f"weight_{i}"]) + self.weights[f"bias_{i}"]
+            if i < self._n_layers - 1:
+                x = np.tanh(x)
+        return np.clip(x, -1.0, 1.0)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the policy into a folder, each file atomically, the card last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        blob = save_tensors({name: np.ascontiguousarray(w) for name, w in self.weights.items()})
+        card = TypeAdapter(PolicyCard).dump_python(self.card, mode="json")
+        card["weights_sha256"] = hashlib.sha256(blob).hexdigest()
+        write_atomically(folder / "weights.safetensors", blob)
+        text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+        write_atomically(folder / "policy.json", text.encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Policy":
+        """Reads a policy and checks all of it.
+
+        Raises:
+            PolicyError: If it is missing, of another version, damaged or not a policy.
+        """
+        folder = Path(folder)
+        card = _read_card(folder / "policy.json")
+        blob = _read(folder / "weights.safetensors")
+        if hashlib.sha256(blob).hexdigest() != card.weights_sha256:
+            raise PolicyError(
+                f"Policy {str(folder)!r} is damaged: weights.safetensors does not match the "
+                f"checksum in policy.json"
+            )
+        try:
+            weights = load_tensors(blob)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise PolicyError(f"Policy {str(folder)!r} has unreadable weights: {error}") from error
+        try:
+            return cls(card, {name: w.astype(np.float64) for name, w in weights.items()})
+        except PolicyError as error:
+            raise PolicyError(f"Policy {str(folder)!r}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or error
+        raise PolicyError(f"Policy file {str(path)!r} cannot be read: {reason}") from error
+    if len(data) > _MAX_BYTES:
+        raise PolicyError(f"Policy file {str(path)!r} is larger than {_MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _read_card(path: Path) -> PolicyCard:
+    try:
+        fields = json.loads(_read(path), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise PolicyError(f"Policy card {str(path)!r} is not JSON: {error}") from error
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise PolicyError(
+            f"Policy card {str(path)!r} has format_version {version!r}; this metactl reads "
+            f"{FORMAT_VERSION}"
+        )
+    try:
+        return TypeAdapter(PolicyCard).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PolicyError(f"Policy card {str(path)!r}: {where}: {first['msg']}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")

@@ -1,0 +1,161 @@
+"""Whole training runs under controllers, paired where they share seeds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from metactl.controllers.base import Controller
+from metactl.env import ControlLoop, Episode, Step
+from metactl.knobs import FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training run to play.
+
+    Trials with the same task and run seed share data, initial weights, batches and noise.
+
+    Args:
+        arm: Name of what is compared.
+        episode: How it begins.
+        controller: Who moves the knobs.
+    """
+
+    arm: str
+    episode: Episode
+    controller: Controller
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """What a training run came to; losses in nats per token.
+
+    A run that diverged counts as never trained: its losses are those before the first step.
+
+    Args:
+        arm: Copied from the trial.
+        final_test: Test loss at the end.
+        best_test: Test loss at the checkpoint with the best probe loss.
+        final_probe: Probe loss at the end.
+        best_probe: Best probe loss.
+        flops: Spent over the run.
+        diverged: Whether it diverged.
+        train_loss: Per control step.
+        probe_loss: Before the first and after each control step.
+        positions: `[n_control_steps + 1, n_knobs]`, before the first and in each control step.
+        values: By knob name, per control step.
+    """
+
+    arm: str
+    final_test: float
+    best_test: float
+    final_probe: float
+    best_probe: float
+    flops: float
+    diverged: bool
+    train_loss: FloatArray
+    probe_loss: FloatArray
+    positions: FloatArray
+    values: dict[str, FloatArray] = field(default_factory=dict)
+
+
+def play(
+    loop: ControlLoop,
+    trials: Sequence[Trial],
+    on_step: Callable[[int, Step], None] | None = None,
+    test: bool = True,
+) -> list[TrialResult]:
+    """Plays trials side by side in one population (spare rows repeat the last trial).
+
+    Args:
+        loop: At most `loop.run.n_runs` trials fit.
+        trials: What to play.
+        on_step: Called with the index of each control step and what it returned.
+        test: Whether to evaluate on the test split (at the end only).
+    """
+    n_rows, n_trials = loop.run.n_runs, len(trials)
+    if not 0 < n_trials <= n_rows:
+        raise ValueError(f"play needs 1 to {n_rows} trials, got {n_trials}")
+    episodes = [trial.episode for trial in trials]
+    episodes += [episodes[-1]] * (n_rows - n_trials)
+    groups = _by_controller(trials)
+    for controller, rows in groups:
+        controller.begin(loop.codec, len(rows))
+    observation = loop.reset(list(range(n_rows)), episodes)
+    untrained = loop.run.evaluate("test") if test else loop.start_loss.copy()
+    best = BestCheckpoint(loop)
+    steps: list[Step] = []
+    positions, probes = [loop.positions.copy()], [loop.start_loss.copy()]
+    for index in range(loop.config.n_control_steps):
+        actions = np.zeros((n_rows, len(loop.knobs)))
+        for controller, rows in groups:
+            actions[rows] = controller.act(observation[rows])
+        step = loop.step(actions)
+        observation = step.observation
+        steps.append(step)
+        positions.append(loop.positions.copy())
+        probe = step.measurement.probe_loss
+        probes.append(step.measurement.train_loss if probe is None else probe)
+        best.update(probes[-1])
+        if on_step is not None:
+            on_step(index, step)
+    diverged = np.any([step.measurement.diverged for step in steps], axis=0)
+    final_test, best_test = untrained, untrained
+    if test:
+        final_test = np.where(diverged, untrained, loop.run.evaluate("test"))
+        best_test = np.where(np.isfinite(best.loss), best.evaluate("test"), untrained)
+    probe_curve = np.stack(probes, axis=1)
+    flops = steps[-1].measurement.flops
+    return [
+        TrialResult(
+            arm=trial.arm,
+            final_test=float(final_test[row]),
+            best_test=float(best_test[row]),
+            final_probe=float(probe_curve[row, 0 if diverged[row] else -1]),
+            best_probe=float(best.loss[row]),
+            flops=float("nan") if flops is None else float(flops[row]),
+            diverged=bool(diverged[row]),
+            train_loss=np.array([step.measurement.train_loss[row] for step in steps]),
+            probe_loss=probe_curve[row],
+            positions=np.stack(positions)[:, row],
+            values={
+                name: np.array([step.values[name][row] for step in steps])
+                for name in loop.knobs.names
+            },
+        )
+        for row, trial in enumerate(trials)
+    ]
+
+
+def _by_controller(trials: Sequence[Trial]) -> list[tuple[Controller, list[int]]]:
+    """Rows of each distinct controller object; it acts for all of them at once."""
+    groups: dict[int, tuple[Controller, list[int]]] = {}
+    for row, trial in enumerate(trials):
+        groups.setdefault(id(trial.controller), (trial.controller, []))[1].append(row)
+    return list(groups.values())
+
+
+class BestCheckpoint:
+    """Keeps the state of each run where its probe loss was lowest."""
+
+    def __init__(self, loop: ControlLoop) -> None:
+        self._run = loop.run
+        self._rows = list(range(loop.run.n_runs))
+        self._state = loop.run.state_dict(self._rows)
+        self.loss = loop.start_loss.copy()
+
+    def update(self, loss: FloatArray) -> None:
+        better = np.flatnonzero(loss < self.loss).tolist()
+        if better:
+            for name, value in self._run.state_dict(better).items():
+                self._state[name][better] = value
+            self.loss[better] = loss[better]
+
+    def evaluate(self, split: str) -> FloatArray:
+        """Loss of the best checkpoints; the runs themselves stay as they are."""
+        now = self._run.state_dict(self._rows)
+        self._run.load_state_dict(self._rows, self._state)
+        loss = self._run.evaluate(split)
+        self._run.load_state_dict(self._rows, now)
+        return loss

@@ -1,0 +1,120 @@
+"""The run directory: where a command keeps its results, and what protects them."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metactl.config import ConfigError
+from metactl.files import write_atomically
+
+_PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be used; the message says why."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that determine a result."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def open_run_directory(
+    path: str | Path, kind: str, config: Mapping[str, Any], *, resume: bool = False
+) -> Path:
+    """Creates a run directory, or finds one again.
+
+    Args:
+        path: The directory.
+        kind: The command it belongs to.
+        config: The resolved configuration, written to `config.yaml`.
+        resume: Go on in a directory that holds the same run.
+
+    Raises:
+        RunDirectoryError: If it holds something else, or cannot be written.
+    """
+    path = Path(path).resolve()
+    record = path / "config.yaml"
+    if record.exists():
+        if not resume:
+            raise RunDirectoryError(
+                f"Run directory {str(path)!r} already holds a run; choose another, or go on with "
+                f"--resume if this command can"
+            )
+        _require_same(record, kind, config)
+        return path
+    if resume:
+        raise RunDirectoryError(f"Run directory {str(path)!r} holds no run to resume")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(f"Run directory {str(path)!r} exists and is not empty")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, _record(kind, config).encode())
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Run directory {str(path)!r} cannot be written: {error.strerror or error}"
+        ) from error
+    return path
+
+
+def _record(kind: str, config: Mapping[str, Any]) -> str:
+    # Lists for tuples: PyYAML's safe dumper has no tuples.
+    header = {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "directory": os.getcwd(),
+        "versions": versions(),
+        "kind": kind,
+    }
+    return yaml.safe_dump({**header, "config": dict(config)}, sort_keys=False)
+
+
+def _require_same(record: Path, kind: str, config: Mapping[str, Any]) -> None:
+    try:
+        held = yaml.safe_load(record.read_text())
+        held_kind, held_config = held["kind"], held["config"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise RunDirectoryError(f"{str(record)!r} is damaged and cannot be resumed") from error
+    if held_kind != kind:
+        raise RunDirectoryError(f"{str(record.parent)!r} holds a {held_kind} run, not {kind}")
+    wanted = yaml.safe_load(yaml.safe_dump(dict(config)))
+    differing = sorted(differences(held_config, wanted))
+    if differing:
+        raise RunDirectoryError(
+            f"{str(record.parent)!r} holds a run with another configuration: "
+            f"{', '.join(differing[:4])} differ"
+        )
+
+
+def differences(left: Any, right: Any, prefix: str = "") -> list[str]:
+    """Dotted keys at which two nested mappings differ."""
+    if not (isinstance(left, Mapping) and isinstance(right, Mapping)):
+        return [] if left == right else [prefix.rstrip(".")]
+    keys = list(left) + [key for key in right if key not in left]
+    return [
+        found
+        for key in keys
+        for found in differences(left.get(key), right.get(key), f"{prefix}{key}.")
+    ]
+
+
+def resolve_data(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with an absolute data path, checked before anything starts."""
+    data = options.get("data")
+    if data is None:
+        return options
+    path = Path(data).expanduser().resolve()
+    if not path.exists():
+        raise ConfigError(f"Data {str(data)!r} does not exist")
+    return {**options, "data": str(path)}

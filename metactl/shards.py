@@ -1,0 +1,265 @@
+"""A row of shards: populations of training runs, in this process or in worker processes.
+
+A shard is a vector environment of N runs. Small runs gain little from threads inside one tensor
+program, so on a CPU each core gets its own worker process with one thread.
+"""
+
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from metactl.env import TrainingRunVectorEnv
+from metactl.reward import ImprovementReward
+from metactl.rollout import Trial, TrialResult, play
+
+
+class ShardError(RuntimeError):
+    """A worker process failed; the message holds what it said."""
+
+
+def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
+    """A vector environment by id, with a clear word when Python finds the wrong package."""
+    require_own_package(env_id.partition(":")[0])
+    env = gymnasium.make_vec(env_id, num_envs=n_envs, **options).unwrapped
+    if not isinstance(env, TrainingRunVectorEnv):
+        raise ValueError(
+            f"{env_id} is a {type(env).__name__}; metactl needs a TrainingRunVectorEnv "
+            f"(register a vector_entry_point that returns one)"
+        )
+    return env
+
+
+def require_own_package(module: str) -> None:
+    """Refuses another package that took the name `envs`, and says what to do about it."""
+    if module != "envs":
+        return
+    own = Path(__file__).resolve().parent.parent / "envs"
+    spec = find_spec("envs")
+    origin = spec.origin if spec is not None else None
+    found = Path(origin).resolve().parent if origin else None
+    if found != own:
+        raise ImportError(
+            f"metactl needs its own package 'envs' at {own}, but Python finds "
+            f"{found or 'a folder without __init__.py'} first. Rename that folder, run from "
+            f"another directory, or put {own.parent} before it on sys.path."
+        )
+
+
+class Shard:
+    """One population; what a row of shards can ask of it.
+
+    Args:
+        env_id: Gymnasium id, with the module prefix.
+        n_envs: Runs in the population.
+        options: Keyword arguments of the environment.
+    """
+
+    def __init__(self, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
+        self.env = make_population(env_id, n_envs, options)
+
+    def describe(self) -> dict[str, Any]:
+        """What the learner must know: spaces, names, knobs, horizon."""
+        loop = self.env.loop
+        return {
+            "observation_space": self.env.single_observation_space,
+            "action_space": self.env.single_action_space,
+            "observation_names": loop.codec.names,
+            "knobs": loop.knobs.knobs,
+            "n_control_steps": loop.config.n_control_steps,
+            "horizon": loop.run.horizon,
+        }
+
+    def set_reward_scale(self, scale: float) -> None:
+        self.env.loop.reward = ImprovementReward(scale=scale)
+
+    def reset(self, seed: int) -> np.ndarray:
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
+        return self.env.step(actions)
+
+    def play(self, trials: Sequence[Trial]) -> list[TrialResult]:
+        return play(self.env.loop, trials)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.env.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.env.load_state_dict(state)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def _serve(connection: Connection, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
+    """A worker process: builds its shard, then answers calls until it is closed."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        shard = Shard(env_id, n_envs, options)
+        connection.send(("ok", None))
+        while True:
+            method, args = connection.recv()
+            connection.send(("ok", getattr(shard, method)(*args)))
+            if method == "close":
+                return
+    except EOFError:
+        return  # the parent is gone
+    except (ValueError, ImportError) as error:
+        connection.send(("refused", (type(error), str(error))))
+    except Exception:
+        connection.send(("failed", traceback.format_exc()))
+
+
+class _Worker:
+    """The parent's end of a worker process."""
+
+    def __init__(self, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, env_id, n_envs, dict(options)), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def send(self, method: str, *args: Any) -> None:
+        try:
+            self.connection.send((method, args))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # what the worker said, or its end, is read by `receive`
+
+    def receive(self) -> Any:
+        try:
+            status, answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(timeout=5)
+            raise ShardError(
+                f"A worker process died (exit code {self.process.exitcode}); "
+                f"was it killed, or out of memory?"
+            ) from None
+        if status == "refused":
+            kind, message = answer
+            raise kind(message)
+        if status == "failed":
+            raise ShardError(f"A worker process failed:\n{answer}")
+        return answer
+
+
+class ShardRow:
+    """Several shards of equal size, advanced together.
+
+    Args:
+        env_id: Gymnasium id, with the module prefix.
+        n_envs: Runs per shard.
+        options: Keyword arguments of the environment.
+        n_workers: Worker processes, one shard each; 0 keeps one shard in this process.
+    """
+
+    def __init__(
+        self, env_id: str, n_envs: int, options: Mapping[str, Any], n_workers: int
+    ) -> None:
+        self.n_envs = n_envs
+        self.n_shards = max(1, n_workers)
+        self._local: Shard | None = None
+        self._workers: list[_Worker] = []
+        if n_workers == 0:
+            self._local = Shard(env_id, n_envs, options)
+            return
+        try:
+            self._workers = [_Worker(env_id, n_envs, options) for _ in range(n_workers)]
+            for worker in self._workers:
+                worker.receive()
+        except BaseException:
+            self._kill()
+            raise
+
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Calls a method of every shard, with its own arguments; answers in order."""
+        if self._local is not None:
+            return [getattr(self._local, method)(*arguments[0])]
+        for worker, args in zip(self._workers, arguments, strict=True):
+            worker.send(method, *args)
+        return [worker.receive() for worker in self._workers]
+
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of every shard with the same arguments."""
+        return self.call(method, [args] * self.n_shards)
+
+    def describe(self) -> dict[str, Any]:
+        return self.call_all("describe")[0]
+
+    def play(
+        self, trials: Sequence[Trial], on_done: Callable[[int], None] | None = None
+    ) -> list[TrialResult]:
+        """Plays trials, each a whole training run; results in the order of the trials.
+
+        Args:
+            trials: Any number; split into populations and handed to whichever shard is free.
+            on_done: Called with the number of trials finished since the last call.
+        """
+        chunks = [trials[i : i + self.n_envs] for i in range(0, len(trials), self.n_envs)]
+        results: list[list[TrialResult]] = [[] for _ in chunks]
+        for index, answer in self._play_chunks(chunks):
+            results[index] = answer
+            if on_done is not None:
+                on_done(len(answer))
+        return [result for chunk in results for result in chunk]
+
+    def _play_chunks(
+        self, chunks: Sequence[Sequence[Trial]]
+    ) -> Iterator[tuple[int, list[TrialResult]]]:
+        if self._local is not None:
+            yield from ((i, self._local.play(chunk)) for i, chunk in enumerate(chunks))
+            return
+        waiting = list(enumerate(chunks))[::-1]
+        busy: dict[Connection, tuple[int, _Worker]] = {}
+        idle = list(self._workers)
+        while waiting or busy:
+            while waiting and idle:
+                index, chunk = waiting.pop()
+                worker = idle.pop()
+                worker.send("play", chunk)
+                busy[worker.connection] = (index, worker)
+            for ready in wait(list(busy)):
+                index, worker = busy.pop(ready)  # type: ignore[arg-type]
+                yield index, worker.receive()
+                idle.append(worker)
+
+    def close(self) -> None:
+        if self._local is not None:
+            self._local.close()
+        for worker in self._workers:
+            worker.send("close")
+            worker.process.join(timeout=2)
+        self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            if worker.process.is_alive():
+                worker.process.terminate()
+            worker.connection.close()
+        self._workers = []
+
+    def __enter__(self) -> "ShardRow":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def default_workers() -> int:
+    """One worker per core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,309 @@
+"""Training dynamics as a fixed list of bounded numbers: the observation.
+
+Every signal is a pure function of a `History`, free of the scale of the loss, the length of the
+run and the size of the model (logs, ratios, slopes per unit of progress), so that a policy learned
+on small runs reads large ones. A signal that a run cannot give is 0 and its group's flag says so.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from metactl.knobs import FloatArray, KnobSet, unknown_name
+from metactl.run import Measurement
+
+BOUND = 10.0
+_TINY = 1e-12
+FAST, SLOW = 0.05, 0.2  # half-lives, in units of progress
+
+_COLUMNS = (
+    "progress",
+    "train_loss",
+    "train_loss_std",
+    "probe_loss",
+    "gradient_norm",
+    "update_ratio_median",
+    "update_ratio_max",
+    "tokens_seen",
+    "unique_tokens",
+    "n_parameters",
+    "relative_cost",
+)
+
+
+class History:
+    """The measurements of N runs since their starts, the newest last.
+
+    Args:
+        n_runs: Rows.
+        length: Control steps remembered.
+
+    Attributes:
+        columns: By field of `Measurement` (and `progress`): `[n_runs, length]`, NaN where
+            nothing was measured.
+    """
+
+    def __init__(self, n_runs: int, length: int) -> None:
+        self.columns = {name: np.full((n_runs, length), np.nan) for name in _COLUMNS}
+
+    def reset(self, rows: list[int], start: Mapping[str, FloatArray]) -> None:
+        """Forgets some runs and notes what is known before their first step."""
+        for name, column in self.columns.items():
+            column[rows] = np.nan
+            if name in start:
+                column[rows, -1] = start[name]
+
+    def append(self, progress: FloatArray, measurement: Measurement) -> None:
+        measured = {**measurement.arrays(), "progress": progress}
+        for name, column in self.columns.items():
+            column[:, :-1] = column[:, 1:]
+            newest = measured[name]
+            column[:, -1] = np.nan if newest is None else newest
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self.columns[name]
+
+    def latest(self, name: str) -> FloatArray:
+        return self.columns[name][:, -1]
+
+    def first(self, name: str) -> FloatArray:
+        """The earliest finite value of each run, NaN where there is none."""
+        column = self.columns[name]
+        index = np.isfinite(column).argmax(axis=1)
+        return column[np.arange(len(column)), index]
+
+
+# Building blocks -------------------------------------------------------------------------------
+
+
+def log_ratio(value: FloatArray, reference: FloatArray) -> FloatArray:
+    """log(value / reference), finite for zero."""
+    return np.log(np.maximum(value, _TINY)) - np.log(np.maximum(reference, _TINY))
+
+
+def slope(progress: FloatArray, values: FloatArray, half_life: float) -> FloatArray:
+    """Exponentially weighted least-squares slope per unit of progress, `[n_runs]`.
+
+    Weights halve every `half_life` of progress into the past. NaN with fewer than two points.
+
+    Args:
+        progress: `[n_runs, length]`.
+        values: `[n_runs, length]`, NaN where unknown.
+        half_life: In units of progress.
+    """
+    known = np.isfinite(values) & np.isfinite(progress)
+    age = progress[:, -1:] - np.where(known, progress, 0.0)
+    weight = np.where(known, np.exp2(-np.minimum(age / half_life, 60.0)), 0.0)
+    total = np.maximum(weight.sum(axis=1, keepdims=True), _TINY)
+    x, y = np.where(known, progress, 0.0), np.where(known, values, 0.0)
+    dx = x - (weight * x).sum(axis=1, keepdims=True) / total
+    dy = y - (weight * y).sum(axis=1, keepdims=True) / total
+    variance = (weight * dx * dx).sum(axis=1)
+    covariance = (weight * dx * dy).sum(axis=1)
+    enough = known.sum(axis=1) >= 2
+    return np.where(enough, covariance / np.maximum(variance, _TINY), np.nan)
+
+
+def _log(values: FloatArray) -> FloatArray:
+    return np.log(np.maximum(values, _TINY))
+
+
+# The signals -----------------------------------------------------------------------------------
+
+
+def progress(history: History) -> FloatArray:
+    """Fraction of the budget used, from -1 at the start to 1 at the end."""
+    return 2 * history.latest("progress") - 1
+
+
+def train_level(history: History) -> FloatArray:
+    """log(train loss / its starting value)."""
+    return log_ratio(history.latest("train_loss"), history.first("train_loss"))
+
+
+def probe_level(history: History) -> FloatArray:
+    """log(probe loss / its starting value)."""
+    return log_ratio(history.latest("probe_loss"), history.first("probe_loss"))
+
+
+def train_slope_fast(history: History) -> FloatArray:
+    """Slope of the log train loss at a half-life of 5 % of the run."""
+    return slope(history["progress"], _log(history["train_loss"]), FAST)
+
+
+def train_slope_slow(history: History) -> FloatArray:
+    """Slope of the log train loss at a half-life of 20 % of the run."""
+    return slope(history["progress"], _log(history["train_loss"]), SLOW)
+
+
+def probe_slope_fast(history: History) -> FloatArray:
+    """Slope of the log probe loss at a half-life of 5 % of the run."""
+    return slope(history["progress"], _log(history["probe_loss"]), FAST)
+
+
+def probe_slope_slow(history: History) -> FloatArray:
+    """Slope of the log probe loss at a half-life of 20 % of the run."""
+    return slope(history["progress"], _log(history["probe_loss"]), SLOW)
+
+
+def generalisation_gap(history: History) -> FloatArray:
+    """log(probe loss / train loss): positive when the run fits its data better than new data."""
+    return 4 * log_ratio(history.latest("probe_loss"), history.latest("train_loss"))
+
+
+def gap_slope(history: History) -> FloatArray:
+    """Slope of the generalisation gap at a half-life of 10 % of the run."""
+    gap = _log(history["probe_loss"]) - _log(history["train_loss"])
+    return slope(history["progress"], gap, 0.1)
+
+
+def best_distance(history: History) -> FloatArray:
+    """log(probe loss / best probe loss so far), 0 at the best."""
+    losses = history["probe_loss"]
+    best = np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
+    return 10 * log_ratio(history.latest("probe_loss"), best)
+
+
+def loss_noise(history: History) -> FloatArray:
+    """log10 of the minibatch losses' deviation over the drop of the loss per 1 % of the run."""
+    relative = history.latest("train_loss_std") / np.maximum(history.latest("train_loss"), _TINY)
+    drop = 0.01 * np.abs(train_slope_fast(history)) + 1e-4
+    return np.log10(np.maximum(relative, 1e-6) / drop)
+
+
+def gradient_level(history: History) -> FloatArray:
+    """log(gradient norm / its own median over the run so far)."""
+    norms = history["gradient_norm"]
+    known = np.isfinite(norms)
+    filled = np.where(known, norms, np.inf)
+    order = np.sort(filled, axis=1)
+    middle = np.maximum(known.sum(axis=1) - 1, 0) // 2
+    return log_ratio(history.latest("gradient_norm"), order[np.arange(len(order)), middle])
+
+
+def gradient_trend(history: History) -> FloatArray:
+    """Slope of the log gradient norm at a half-life of 10 % of the run."""
+    return slope(history["progress"], _log(history["gradient_norm"]), 0.1)
+
+
+def update_ratio(history: History) -> FloatArray:
+    """log10(||update|| / ||weight||), median over tensors, 0 at 1e-3."""
+    return np.log10(np.maximum(history.latest("update_ratio_median"), _TINY)) + 3
+
+
+def update_ratio_peak(history: History) -> FloatArray:
+    """log10(||update|| / ||weight||), maximum over tensors, 0 at 1e-2."""
+    return np.log10(np.maximum(history.latest("update_ratio_max"), _TINY)) + 2
+
+
+def data_pressure(history: History) -> FloatArray:
+    """log10(parameters / unique tokens): how much memory there is for the data."""
+    return log_ratio(history.latest("n_parameters"), history.latest("unique_tokens")) / np.log(10)
+
+
+def epochs(history: History) -> FloatArray:
+    """log10(1 + epochs of the unique tokens seen)."""
+    return np.log10(1 + history.latest("tokens_seen") / history.latest("unique_tokens"))
+
+
+def cost_rate(history: History) -> FloatArray:
+    """log2(cost of a step at the knobs in force / at default knobs)."""
+    return np.log2(np.maximum(history.latest("relative_cost"), _TINY))
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A named signal and the group whose absence masks it."""
+
+    function: Callable[[History], FloatArray]
+    group: str
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+UNIVERSAL = (
+    Signal(progress, "progress"),
+    Signal(train_level, "train_loss"),
+    Signal(train_slope_fast, "train_loss"),
+    Signal(train_slope_slow, "train_loss"),
+    Signal(loss_noise, "train_loss"),
+    Signal(probe_level, "probe_loss"),
+    Signal(probe_slope_fast, "probe_loss"),
+    Signal(probe_slope_slow, "probe_loss"),
+    Signal(generalisation_gap, "probe_loss"),
+    Signal(gap_slope, "probe_loss"),
+    Signal(best_distance, "probe_loss"),
+    Signal(gradient_level, "gradient_norm"),
+    Signal(gradient_trend, "gradient_norm"),
+    Signal(update_ratio, "update_ratio_median"),
+    Signal(update_ratio_peak, "update_ratio_median"),
+    Signal(data_pressure, "unique_tokens"),
+    Signal(epochs, "unique_tokens"),
+    Signal(cost_rate, "relative_cost"),
+)
+GROUPS = ("probe_loss", "gradient_norm", "update_ratio_median", "unique_tokens", "relative_cost")
+KNOB_ENTRIES = ("position", "last_move", "available")
+
+
+class Codec:
+    """The one place where observations are put together, for training and deployment alike.
+
+    An observation is the universal signals, one flag per group (1 where it is measured) and, for
+    each knob, its position (-1 to 1), its last move (share of the largest) and its availability.
+
+    Args:
+        knobs: The knobs of the run.
+        signals: The signals observed, in order.
+    """
+
+    def __init__(self, knobs: KnobSet, signals: tuple[Signal, ...] = UNIVERSAL) -> None:
+        self.knobs, self.signals = knobs, signals
+        self.names = (
+            *(f"signal/{signal.name}" for signal in signals),
+            *(f"has/{group}" for group in GROUPS),
+            *(f"knob/{knob}/{entry}" for knob in knobs.names for entry in KNOB_ENTRIES),
+        )
+        self._index = {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def observe(
+        self,
+        history: History,
+        positions: FloatArray,
+        last_moves: FloatArray,
+        available: FloatArray,
+    ) -> np.ndarray:
+        """Observations `[n_runs, len(self)]`, float32 in [-10, 10].
+
+        Args:
+            history: What was measured.
+            positions: `[n_runs, n_knobs]` in [0, 1].
+            last_moves: `[n_runs, n_knobs]`, share of the largest move.
+            available: `[n_runs, n_knobs]`, 1 where a knob can move, else 0.
+        """
+        n = len(positions)
+        out = np.zeros((n, len(self)), dtype=np.float64)
+        with np.errstate(all="ignore"):
+            for i, signal in enumerate(self.signals):
+                out[:, i] = signal.function(history)
+        for i, group in enumerate(GROUPS, start=len(self.signals)):
+            out[:, i] = np.isfinite(history.latest(group))
+        entries = np.stack((2 * positions - 1, last_moves, np.ones_like(available)), axis=2)
+        out[:, -3 * len(self.knobs) :] = (entries * available[:, :, None]).reshape(n, -1)
+        return np.nan_to_num(np.clip(out, -BOUND, BOUND), nan=0.0).astype(np.float32)
+
+    def read(self, observation: np.ndarray, name: str) -> np.ndarray:
+        """One entry of observations, by name, `[n_runs]`."""
+        if name not in self._index:
+            raise ValueError(unknown_name("observation", name, self.names))
+        return observation[:, self._index[name]]
+
+    def positions(self, observation: np.ndarray) -> FloatArray:
+        """Knob positions `[n_runs, n_knobs]` in [0, 1] from observations."""
+        entries = observation[:, -3 * len(self.knobs) :].reshape(len(observation), -1, 3)
+        return (entries[:, :, 0].astype(np.float64) + 1) / 2

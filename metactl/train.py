@@ -1,0 +1,308 @@
+"""Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from metactl.board import Board, BoardWriter
+from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
+from metactl.config import TrainConfig, dump
+from metactl.policy import FORMAT_VERSION, Policy, PolicyCard
+from metactl.rundir import RunDirectoryError, versions
+from metactl.shards import ShardRow, default_workers
+from metactl.vec_env import ShardVecEnv
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, what there is in all, and a short status."""
+
+_CALIBRATION_SEED = 1 << 30  # far from the seeds of training
+
+
+class Normaliser(BaseFeaturesExtractor):
+    """Standardises observations with statistics that are estimated once, then frozen."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, observation_space: gymnasium.Space[Any]) -> None:
+        assert observation_space.shape is not None
+        size = observation_space.shape[0]
+        super().__init__(observation_space, features_dim=size)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return ((observations - self.mean) / self.std).clamp(-10.0, 10.0)
+
+
+def build_shards(config: TrainConfig) -> ShardRow:
+    environment = config.environment
+    workers = environment.n_workers if environment.n_workers >= 0 else default_workers()
+    return ShardRow(environment.id, environment.n_envs, environment.options, workers)
+
+
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Policy:
+    """Trains a policy and saves it as `run_dir/policy`.
+
+    Killed at any moment and resumed, it ends with the same policy as if it had never stopped.
+
+    Args:
+        config: What and how.
+        run_dir: Holds `checkpoints/`, `tb/` and in the end `policy/`.
+        resume: Go on from the newest checkpoint in `run_dir`.
+        progress: Told about every control step.
+
+    Returns:
+        The policy.
+
+    Raises:
+        RunDirectoryError: If there is nothing to resume.
+    """
+    with build_shards(config) as shards:
+        env = ShardVecEnv(shards)
+        model = _build_ppo(config, env)
+        if resume:
+            state = load_newest_checkpoint(run_dir / "checkpoints")
+            if state is None:
+                raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
+            scale = _restore(model, shards, *state)
+        else:
+            scale = _calibrate(model, env)
+            env.seed(config.seed)
+            model._last_obs = env.reset()
+            model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        shards.call_all("set_reward_scale", scale)
+        with Board(run_dir / "tb", purge_step=model.num_timesteps) as board:
+            model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
+            keeper = _Keeper(config, run_dir, shards, scale, progress)
+            remaining = config.ppo.total_timesteps - model.num_timesteps
+            if remaining > 0:
+                model.learn(remaining, callback=keeper, reset_num_timesteps=False)
+        policy = _to_policy(model, shards, config, scale)
+    policy.save(run_dir / "policy")
+    return policy
+
+
+def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
+    ppo = config.ppo
+    return PPO(
+        "MlpPolicy",
+        env,
+        learning_rate=lambda remaining: ppo.learning_rate * remaining,
+        n_steps=ppo.n_steps,
+        batch_size=ppo.batch_size,
+        n_epochs=ppo.n_epochs,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        clip_range=ppo.clip_range,
+        ent_coef=ppo.ent_coef,
+        policy_kwargs={
+            "net_arch": list(ppo.hidden),
+            "activation_fn": nn.Tanh,
+            "log_std_init": ppo.log_std_init,
+            "features_extractor_class": Normaliser,
+        },
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def _calibrate(model: PPO, env: ShardVecEnv) -> float:
+    """Plays one episode per run, half at rest and half under random moves, to freeze the
+    normaliser; returns the median improvement of the runs at rest, in nats.
+    """
+    n_control_steps = env.shards.describe()["n_control_steps"]
+    env.shards.call_all("set_reward_scale", 1.0)
+    env.seed(_CALIBRATION_SEED + 10_000 * (model.seed or 0))
+    rng = np.random.default_rng(model.seed)
+    resting = np.arange(env.num_envs) % 2 == 0
+    observations = [env.reset()]
+    improvement = np.zeros(env.num_envs)
+    for _ in range(n_control_steps):
+        actions = rng.normal(0, 0.6, (env.num_envs, *env.action_space.shape)).clip(-1, 1)
+        actions[resting] = 0
+        observation, reward, _, _ = env.step(actions)
+        observations.append(observation)
+        improvement += reward
+    seen = np.concatenate(observations[:-1])
+    std = seen.std(axis=0)
+    normaliser = model.policy.features_extractor
+    assert isinstance(normaliser, Normaliser)
+    normaliser.mean.copy_(torch.from_numpy(seen.mean(axis=0)))
+    normaliser.std.copy_(torch.from_numpy(np.where(std > 1e-3, std, 1.0)))
+    return max(float(np.median(improvement[resting])), 1e-3)
+
+
+class _Keeper(BaseCallback):
+    """Keeps checkpoints, the board and the progress bar up to date."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        shards: ShardRow,
+        scale: float,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__()
+        self.config, self.run_dir, self.shards = config, run_dir, shards
+        self.scale, self.progress = scale, progress
+        self._updates = 0
+        self._ended: list[dict[str, Any]] = []
+        self._returns = np.zeros(0)
+
+    def _on_rollout_start(self) -> None:
+        assert isinstance(self.model, PPO)
+        if self._updates % self.config.checkpoint_every == 0:
+            tensors, scalars = _snapshot(self.model, self.shards, self.scale)
+            folder = self.run_dir / "checkpoints"
+            save_checkpoint(folder, self.num_timesteps, tensors, scalars)
+        self._updates += 1
+        self._ended = []
+        self._returns = np.zeros(self.training_env.num_envs)
+        self._finished: list[float] = []
+
+    def _on_step(self) -> bool:
+        self._returns += self.locals["rewards"]
+        for row in np.flatnonzero(self.locals["dones"]):
+            self._ended.append(self.locals["infos"][row])
+            self._finished.append(self._returns[row])
+            self._returns[row] = 0
+        if self.progress is not None:
+            total = self.config.ppo.total_timesteps
+            self.progress(min(self.num_timesteps, total), total, self._status())
+        return True
+
+    def _status(self) -> str:
+        mean = self.logger.name_to_value.get("rollout/ep_rew_mean")
+        return "" if mean is None else f"return {mean:.3f}"
+
+    def _on_rollout_end(self) -> None:
+        if not self._ended:
+            return
+        record = self.logger.record
+        record("rollout/ep_rew_mean", float(np.mean(self._finished)))
+        record("rollout/ep_count", len(self._finished))
+        record("rollout/diverged", float(np.mean([info["diverged"] for info in self._ended])))
+        for name in ("probe_loss", "train_loss", "relative_cost"):
+            values = [info[name] for info in self._ended if name in info]
+            if values:
+                record(f"probe/final_{name}", float(np.nanmean(values)))
+        for name in (key for key in self._ended[0] if key.startswith("knob/")):
+            record(f"{name}_final", float(np.mean([info[name] for info in self._ended])))
+
+
+# Exact state ---------------------------------------------------------------------------------
+
+
+def _snapshot(
+    model: PPO, shards: ShardRow, scale: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that determines how training goes on."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.policy.state_dict().items():
+        tensors[f"policy/{name}"] = tensor
+    moments = model.policy.optimizer.state_dict()["state"]
+    for index, state in moments.items():
+        for name, tensor in state.items():
+            tensors[f"optimizer/{index}/{name}"] = tensor
+    for k, state in enumerate(shards.call_all("state_dict")):
+        for name, value in state.items():
+            tensors[f"shard/{k}/{name}"] = torch.as_tensor(value)
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    python_version, python_state, python_gauss = random.getstate()
+    assert model._last_obs is not None
+    tensors |= {
+        "last_obs": torch.from_numpy(np.asarray(model._last_obs)),
+        "last_episode_starts": torch.from_numpy(model._last_episode_starts),
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy": torch.from_numpy(keys.astype(np.int64)),
+        "rng/python": torch.tensor(python_state),
+    }
+    scalars = {
+        "num_timesteps": model.num_timesteps,
+        "n_updates": model._n_updates,
+        "reward_scale": scale,
+        "numpy": [position, has_gauss, cached],
+        "python": [python_version, python_gauss],
+        "versions": versions(),
+    }
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, scalars
+
+
+def _restore(
+    model: PPO, shards: ShardRow, tensors: dict[str, Tensor], scalars: dict[str, Any]
+) -> float:
+    """Puts a snapshot in force; returns the reward scale."""
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.policy.load_state_dict(under("policy/"))
+    optimizer = model.policy.optimizer.state_dict()
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in under("optimizer/").items():
+        index, _, name = key.partition("/")
+        moments.setdefault(int(index), {})[name] = tensor
+    model.policy.optimizer.load_state_dict({**optimizer, "state": moments})
+    states = [
+        ({name: v if name.startswith("run/") else v.numpy() for name, v in state.items()},)
+        for state in (under(f"shard/{k}/") for k in range(shards.n_shards))
+    ]
+    if not all(state[0] for state in states):
+        raise RunDirectoryError(
+            f"The checkpoint has fewer than {shards.n_shards} shards; resume with the number of "
+            f"workers that it was trained with"
+        )
+    shards.call("load_state_dict", states)
+    model.num_timesteps = scalars["num_timesteps"]
+    model._n_updates = scalars["n_updates"]
+    model._last_obs = tensors["last_obs"].numpy().copy()
+    model._last_episode_starts = tensors["last_episode_starts"].numpy().copy()
+    torch.set_rng_state(tensors["rng/torch"])
+    keys = tensors["rng/numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, *scalars["numpy"]))
+    version, gauss = scalars["python"]
+    random.setstate((version, tuple(tensors["rng/python"].tolist()), gauss))
+    return float(scalars["reward_scale"])
+
+
+def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) -> Policy:
+    """The deterministic part of the actor, as data."""
+    about = shards.describe()
+    normaliser = model.policy.features_extractor
+    assert isinstance(normaliser, Normaliser)
+    layers = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
+    layers.append(model.policy.action_net)  # type: ignore[arg-type]
+    weights = {"mean": normaliser.mean, "std": normaliser.std}
+    for i, layer in enumerate(layers):
+        weights |= {f"weight_{i}": layer.weight, f"bias_{i}": layer.bias}
+    card = PolicyCard(
+        format_version=FORMAT_VERSION,
+        metactl_version=versions()["metactl"],
+        knobs=about["knobs"],
+        observations=about["observation_names"],
+        hidden=config.ppo.hidden,
+        n_control_steps=about["n_control_steps"],
+        training={"config": dump(config), "reward_scale": scale, "versions": versions()},
+    )
+    return Policy(card, {name: w.detach().double().numpy() for name, w in weights.items()})

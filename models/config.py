@@ -1,0 +1,92 @@
+"""The shape of an adaptive transformer, validated once where it is stated."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FEED_FORWARDS = ("gelu", "swiglu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of an `AdaptiveTransformer`; knob defaults are part of it.
+
+    Args:
+        vocab_size: Number of distinct tokens (256 for bytes).
+        d_model: Channels of the residual stream at full width.
+        n_layers: Number of blocks.
+        n_heads: Attention heads at full width; must divide `d_model` into even head dimensions.
+        context: Longest sequence, in tokens.
+        d_ff: Hidden units of the feed-forward layer at full width; `None` means `4 * d_model`.
+        feed_forward: `"gelu"` or `"swiglu"`.
+        width_levels: Increasing fractions of the width that can be active; the last one is 1.
+        rotation: Name of the rotation variant (see `models.rotary`).
+        rope_base: Default base of the rotary frequencies.
+        span_ramp: Tokens over which the attention span fades to zero; `None` means `context / 8`.
+
+    Raises:
+        ValueError: If the numbers do not fit together; the message names the field and the value.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 32
+    n_layers: int = 2
+    n_heads: int = 4
+    context: int = 32
+    d_ff: int | None = None
+    feed_forward: str = "gelu"
+    width_levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    rotation: str = "rope"
+    rope_base: float = 10_000.0
+    span_ramp: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "context"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ValueError(f"d_ff must be at least 1, got {self.d_ff}")
+        if self.feed_forward not in FEED_FORWARDS:
+            known = ", ".join(FEED_FORWARDS)
+            raise ValueError(f"feed_forward must be one of {known}, got {self.feed_forward!r}")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise ValueError(
+                f"d_model / n_heads must be an even whole number (rotations act on pairs), "
+                f"got d_model={self.d_model}, n_heads={self.n_heads}"
+            )
+        if not self.rope_base > 1:
+            raise ValueError(f"rope_base must be above 1, got {self.rope_base}")
+        if self.span_ramp is not None and not self.span_ramp > 0:
+            raise ValueError(f"span_ramp must be above 0 tokens, got {self.span_ramp}")
+        self._check_width_levels()
+
+    def _check_width_levels(self) -> None:
+        levels = self.width_levels
+        increasing = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+        if not levels or levels[-1] != 1 or levels[0] <= 0 or not increasing:
+            raise ValueError(f"width_levels must increase from above 0 to exactly 1, got {levels}")
+        for name in ("n_heads", "hidden_units"):
+            full = getattr(self, name)
+            for level in levels:
+                if not math.isclose(full * level, round(full * level), abs_tol=1e-9):
+                    raise ValueError(
+                        f"width level {level} leaves {full * level:g} of {full} {name}: "
+                        f"every level must leave a whole number"
+                    )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def hidden_units(self) -> int:
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+    @property
+    def ramp(self) -> float:
+        """Length of the span's soft edge, in tokens."""
+        return max(1.0, self.context / 8) if self.span_ramp is None else self.span_ramp
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
