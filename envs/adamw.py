@@ -41,7 +41,7 @@ class ReplicatedAdamW:
         self.moment1 = torch.zeros_like(self.values)
         self.moment2 = torch.zeros_like(self.values)
         self.gradient = torch.zeros_like(self.values)
-        n_levels = model.gates.shape[1]
+        n_levels = model.knobs.gates.shape[1]
         device = self.values.device
         self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
         self._group, self._block = self._partition(model, n_levels)
@@ -57,7 +57,7 @@ class ReplicatedAdamW:
         """One-hot `[2 * n_levels, n_params]` (level, and level without decay) and
         `[n_params, n_blocks]` (which parameter tensor).
         """
-        levels = model.parameter_levels()
+        levels = model.knobs.parameter_levels()
         groups, blocks = [], []
         for i, (name, p) in enumerate(model.named_parameters()):
             level = levels[name].flatten()

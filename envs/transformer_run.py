@@ -181,18 +181,20 @@ class AdaptiveTransformerRun(TrainingRun):
         self.model.initialise(rows, weight_seeds)
         self.optimizer.reset_rows(rows)
         self.model.set_knobs({knob.name: knob.default for knob in self._knobs}, rows)
-        self.model.settle_gates(rows)
+        self.model.knobs.settle_gates(rows)
 
     def apply(self, values: Mapping[str, FloatArray]) -> None:
         self.model.set_knobs(values)
-        self.model.settle_gates(np.flatnonzero(self._rows["step"].cpu().numpy() == 0).tolist())
+        self.model.knobs.settle_gates(
+            np.flatnonzero(self._rows["step"].cpu().numpy() == 0).tolist()
+        )
 
     def advance(self, n_steps: int) -> Measurement:
         losses, norms = [], []
         ratios: Tensor | None = None
         flops = torch.from_numpy(self.cost()).to(self.device)
         for i in range(n_steps):
-            self.model.step_gates(1 / n_steps)
+            self.model.knobs.step_gates(1 / n_steps)
             loss, norm, ratios = self._optimizer_step(measure=i == n_steps - 1)
             losses.append(loss)
             norms.append(norm)
@@ -239,13 +241,13 @@ class AdaptiveTransformerRun(TrainingRun):
         loss = cross_entropy(logits, tokens[..., 1:])
         loss.sum().backward()
         norm, ratios = self.optimizer.step(
-            self._learning_rate(), self._weight_decay, self.model.gates > 0, measure=measure
+            self._learning_rate(), self._weight_decay, self.model.knobs.gates > 0, measure=measure
         )
         self._rows["step"] += 1
         return loss.detach(), norm, ratios
 
     def _batch(self) -> Tensor:
-        """Windows drawn from each row's data by its seed and step, `[n_runs, batch, context + 1]`."""
+        """Windows of each row's data, by its seed and step: `[n_runs, batch, context + 1]`."""
         rows, window = self._rows, self.config.context + 1
         places = torch.arange(self.config.batch_size, device=self.device)
         starts = rows["train_start"][:, None] + hashed_integers(
@@ -278,7 +280,7 @@ class AdaptiveTransformerRun(TrainingRun):
     # What it costs, and what there is to keep ------------------------------------------------
 
     def cost(self) -> FloatArray:
-        values = {name: value.tolist() for name, value in self.model.knob_values().items()}
+        values = {name: value.tolist() for name, value in self.model.knobs.values().items()}
         pairs = zip(values["embedding_width"], values["attention_span"], strict=True)
         return np.array([self._flops(width, span) for width, span in pairs])
 
@@ -304,7 +306,7 @@ class AdaptiveTransformerRun(TrainingRun):
         self.model.refresh()
 
     def _state(self) -> dict[str, Tensor]:
-        knobs = {f"knob/{name}": tensor for name, tensor in self.model.knob_buffers().items()}
+        knobs = {f"knob/{name}": tensor for name, tensor in self.model.knobs.storage().items()}
         return {**self._rows, **knobs, **self.optimizer.tensors()}
 
     @torch.no_grad()

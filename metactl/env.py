@@ -168,7 +168,7 @@ class ControlLoop:
         self.run.apply(values)
         measurement = self.run.advance(self.optimizer_steps)
         self.control_step += 1
-        self.history.append(self.control_step * share, measurement)
+        self.history.append(np.asarray(self.control_step * share, dtype=np.float64), measurement)
         loss = measurement.probe_loss
         if loss is None:
             loss = measurement.train_loss

@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ class Knob:
         if self.scale == "logit" and not (0 < self.low and self.high < 1):
             refuse(f"a logit scale needs bounds inside (0, 1), got [{self.low:g}, {self.high:g}]")
         if self.scale == "levels":
-            increasing = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+            increasing = all(a < b for a, b in pairwise(self.levels))
             if len(self.levels) < 2 or not increasing:
                 refuse(f"needs at least two increasing levels, got {self.levels}")
             if (self.low, self.high) != (self.levels[0], self.levels[-1]):

@@ -8,6 +8,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 import hashlib
 import json
 from dataclasses import field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Policy:
         self.card, self.weights = card, weights
         sizes = (len(card.observations), *card.hidden, len(card.knobs))
         expected: dict[str, tuple[int, ...]] = {"mean": sizes[:1], "std": sizes[:1]}
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (n_in, n_out) in enumerate(pairwise(sizes)):
             expected |= {f"weight_{i}": (n_out, n_in), f"bias_{i}": (n_out,)}
         found = {name: tuple(value.shape) for name, value in weights.items()}
         if found != expected:

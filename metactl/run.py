@@ -119,6 +119,7 @@ class TrainingRun(abc.ABC):
 
     def draw_horizon(self, seed: int) -> None:
         """Draws a new horizon where the family varies it; called only between runs."""
+        return  # most runs keep theirs
 
     def cost(self) -> FloatArray:
         """FLOPs of one optimizer step at the knobs in force, `[n_runs]`."""
@@ -138,6 +139,7 @@ class TrainingRun(abc.ABC):
 
     def close(self) -> None:
         """Releases what the runs hold."""
+        return  # memory needs no word
 
 
 class SingleRuns(TrainingRun):

@@ -225,7 +225,7 @@ class ShardRow:
             yield from ((i, self._local.play(chunk)) for i, chunk in enumerate(chunks))
             return
         waiting = list(enumerate(chunks))[::-1]
-        busy: dict[Connection, tuple[int, _Worker]] = {}
+        busy: dict[Any, tuple[int, _Worker]] = {}
         idle = list(self._workers)
         while waiting or busy:
             while waiting and idle:
@@ -234,7 +234,7 @@ class ShardRow:
                 worker.send("play", chunk)
                 busy[worker.connection] = (index, worker)
             for ready in wait(list(busy)):
-                index, worker = busy.pop(ready)  # type: ignore[arg-type]
+                index, worker = busy.pop(ready)
                 yield index, worker.receive()
                 idle.append(worker)
 

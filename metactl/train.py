@@ -131,14 +131,15 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> float:
     normaliser; returns the median improvement of the runs at rest, in nats.
     """
     n_control_steps = env.shards.describe()["n_control_steps"]
+    n_knobs = len(env.shards.describe()["knobs"])
     env.shards.call_all("set_reward_scale", 1.0)
     env.seed(_CALIBRATION_SEED + 10_000 * (model.seed or 0))
     rng = np.random.default_rng(model.seed)
     resting = np.arange(env.num_envs) % 2 == 0
-    observations = [env.reset()]
+    observations: list[Any] = [env.reset()]
     improvement = np.zeros(env.num_envs)
     for _ in range(n_control_steps):
-        actions = rng.normal(0, 0.6, (env.num_envs, *env.action_space.shape)).clip(-1, 1)
+        actions = rng.normal(0, 0.6, (env.num_envs, n_knobs)).clip(-1, 1)
         actions[resting] = 0
         observation, reward, _, _ = env.step(actions)
         observations.append(observation)
@@ -228,7 +229,8 @@ def _snapshot(
     for k, state in enumerate(shards.call_all("state_dict")):
         for name, value in state.items():
             tensors[f"shard/{k}/{name}"] = torch.as_tensor(value)
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    generator: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = generator
     python_version, python_state, python_gauss = random.getstate()
     assert model._last_obs is not None
     tensors |= {

@@ -61,7 +61,7 @@ class ShardVecEnv(VecEnv):
         for i in range(self.shards.n_envs):
             row = {key: value[i] for key, value in measured.items()}
             if ended[i]:
-                row["terminal_observation"] = final[i]  # type: ignore[index]
+                row["terminal_observation"] = final[i]
                 row["TimeLimit.truncated"] = False
             rows.append(row)
         return rows

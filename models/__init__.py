@@ -2,9 +2,10 @@
 
 from models.config import TransformerConfig
 from models.flops import training_flops
+from models.knobs import KNOB_NAMES
 from models.loss import cross_entropy
 from models.noise import Noise, hashed_integers
-from models.transformer import KNOB_NAMES, AdaptiveTransformer
+from models.transformer import AdaptiveTransformer
 
 __all__ = [
     "KNOB_NAMES",

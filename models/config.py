@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 FEED_FORWARDS = ("gelu", "swiglu")
@@ -63,7 +64,7 @@ class TransformerConfig:
 
     def _check_width_levels(self) -> None:
         levels = self.width_levels
-        increasing = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+        increasing = all(a < b for a, b in pairwise(levels))
         if not levels or levels[-1] != 1 or levels[0] <= 0 or not increasing:
             raise ValueError(f"width_levels must increase from above 0 to exactly 1, got {levels}")
         for name in ("n_heads", "hidden_units"):

@@ -1,5 +1,7 @@
 """Next-token loss of many replicas, with a lean backward pass."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,13 +11,13 @@ class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy per replica; saves log-probabilities, and its gradient is two passes."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         log_p = torch.log_softmax(logits, dim=-1)
         ctx.save_for_backward(log_p, targets)
         return -log_p.gather(-1, targets[..., None]).squeeze(-1).mean(dim=1)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         log_p, targets = ctx.saved_tensors
         scale = (grads[0] / log_p.shape[1])[:, None, None]
         grad = log_p.exp().mul_(scale)

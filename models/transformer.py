@@ -1,21 +1,21 @@
 """The adaptive transformer: N replicas in one tensor program, four knobs that move in flight."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.attention import banded_attention, causal_distance, masked_attention, span_log_weight
+from models.attention import banded_attention, masked_attention
 from models.config import TransformerConfig
+from models.knobs import Knobs
 from models.noise import Noise, NoisePool, keep_mask
-from models.rotary import build_rotation
-from models.width import level_of_channel, nearest_level, stepped_gates
+from models.rotary import Rotation, build_rotation
 
-KNOB_NAMES = ("rope_base", "attention_span", "embedding_width", "dropout")
 _EPS = 1e-6
 
 
@@ -61,12 +61,8 @@ class AdaptiveTransformer(nn.Module):
         torch.Size([3, 4, 8, 256])
     """
 
-    log_base: Tensor
-    attention_span: Tensor
-    width_level: Tensor
-    gates: Tensor
-    dropout: Tensor
-    span_bias: Tensor
+    knobs: Knobs
+    rotation: Rotation
 
     def __init__(
         self,
@@ -83,6 +79,7 @@ class AdaptiveTransformer(nn.Module):
         self.config = config
         self.n_replicas = n_replicas
         self.sliced = n_replicas == 1 if sliced is None else sliced
+        self.knobs = Knobs(config, n_replicas, device=device, dtype=dtype, sliced=self.sliced)
         d, hidden, n = config.d_model, config.hidden_units, n_replicas
 
         def weight(*shape: int) -> nn.Parameter:
@@ -108,35 +105,10 @@ class AdaptiveTransformer(nn.Module):
             config.rotation, n_replicas=n, head_dim=config.head_dim, context=config.context
         ).to(device)
         self._pool: NoisePool | None = None
-        self._register_knobs(device, dtype)
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
         self.refresh()
 
-    # Knobs -----------------------------------------------------------------------------------
-
-    def _register_knobs(self, device: torch.device | str | None, dtype: torch.dtype) -> None:
-        config, n = self.config, self.n_replicas
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        levels = config.width_levels
-
-        def full(value: float) -> Tensor:
-            return torch.full((n,), value, device=device, dtype=precise)
-
-        self.register_buffer("log_base", full(math.log(config.rope_base)))
-        self.register_buffer("attention_span", full(float(config.context)))
-        self.register_buffer("width_level", full(0).long() + len(levels) - 1)
-        self.register_buffer("gates", full(1.0)[:, None].repeat(1, len(levels)))
-        self.register_buffer("dropout", full(0.0))
-        for name, size in (
-            ("channel_level", config.d_model),
-            ("head_channel_level", config.d_model),
-            ("hidden_level", config.hidden_units),
-        ):
-            self.register_buffer(name, level_of_channel(size, levels).to(device), persistent=False)
-        bias = torch.zeros(n, config.context, config.context, device=device, dtype=precise)
-        self.register_buffer("span_bias", bias if not self.sliced else bias[:0], persistent=False)
-
-    def set_knobs(self, values: Mapping[str, object], rows: list[int] | None = None) -> None:
+    def set_knobs(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets knob values in place; a width change then fades in through `step_gates`.
 
         Args:
@@ -147,132 +119,14 @@ class AdaptiveTransformer(nn.Module):
         Raises:
             ValueError: For an unknown knob or a value outside its range.
         """
-        index = torch.arange(self.n_replicas) if rows is None else torch.as_tensor(rows)
-        index = index.to(self.log_base.device)
-        for name, value in values.items():
-            tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device=index.device)
-            self._set_knob(name, tensor.expand(len(index)), index)
-        self.refresh(set(values))
+        self.knobs.assign(values, rows)
+        if "rope_base" in values:
+            self.rotation.refresh(self.knobs.log_base)
 
-    def _set_knob(self, name: str, value: Tensor, index: Tensor) -> None:
-        low, high = self.knob_range(name)
-        if not bool(((value >= low) & (value <= high)).all()):
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value.tolist()}")
-        if name == "rope_base":
-            self.log_base[index] = value.log()
-        elif name == "attention_span":
-            self.attention_span[index] = value
-        elif name == "dropout":
-            self.dropout[index] = value
-        else:
-            self.width_level[index] = nearest_level(value, self.config.width_levels)
-
-    def knob_range(self, name: str) -> tuple[float, float]:
-        """Smallest and largest value that the model accepts for a knob."""
-        ranges = {
-            "rope_base": (1.0, 1e9),
-            "attention_span": (1.0, float(self.config.context)),
-            "embedding_width": (0.0, 1.0),
-            "dropout": (0.0, 0.95),
-        }
-        if name not in ranges:
-            raise ValueError(f"Unknown knob {name!r}. Known: {', '.join(KNOB_NAMES)}")
-        return ranges[name]
-
-    def knob_values(self) -> dict[str, Tensor]:
-        """Knob values in force, each `[n_replicas]`."""
-        levels = torch.tensor(self.config.width_levels, device=self.gates.device)
-        return {
-            "rope_base": self.log_base.exp(),
-            "attention_span": self.attention_span.clone(),
-            "embedding_width": levels[self.width_level],
-            "dropout": self.dropout.clone(),
-        }
-
-    def step_gates(self, rate: float) -> None:
-        """Moves the width gates by at most `rate` towards the levels asked for."""
-        if self._gates_moving:
-            self.gates.copy_(stepped_gates(self.gates, self.width_level, rate))
-            self.refresh({"gates"})
-
-    def settle_gates(self, rows: list[int]) -> None:
-        """Opens and closes the gates of some replicas at once, as at the start of a run."""
-        if not self._gates_moving or not rows:
-            return
-        self.gates[rows] = stepped_gates(self.gates[rows], self.width_level[rows], 1.0)
-        self.refresh({"gates"})
-
-    def knob_buffers(self) -> dict[str, Tensor]:
-        """The knobs' own storage, each with a leading replica dimension; after writing to it,
-        call `refresh`.
-        """
-        names = ("log_base", "attention_span", "width_level", "gates", "dropout")
-        return {name: getattr(self, name) for name in names}
-
-    def refresh(self, moved: set[str] | None = None) -> None:
-        """Rebuilds what depends on the knobs that moved (all of them by default)."""
-        if moved is None or "rope_base" in moved:
-            self.rotation.refresh(self.log_base)
-        if moved is None or "attention_span" in moved:
-            self._refresh_span()
-        if moved is None or moved & {"gates", "embedding_width"}:
-            self._refresh_gates()
-        if moved is None or "dropout" in moved:
-            self._dropout_on = bool((self.dropout > 0).any())
-
-    def _refresh_span(self) -> None:
-        if self.sliced:
-            spans = self.attention_span.tolist()
-            self._require_shared("attention_span", spans)
-            self._shared_span = spans[0]
-            return
-        like = self.attention_span
-        distance = causal_distance(self.config.context, device=like.device, dtype=like.dtype)
-        self.span_bias.copy_(span_log_weight(distance, like, self.config.ramp))
-
-    def _refresh_gates(self) -> None:
-        gates = self.gates
-        target = torch.arange(gates.shape[1], device=gates.device) <= self.width_level[:, None]
-        self._gates_moving = bool((gates != target).any())
-        self._all_open = bool((gates == 1).all())
-        if self.sliced:
-            self._require_shared("embedding_width", gates.tolist())
-            self._top_level = int((gates[0] > 0).nonzero().max())
-
-    @staticmethod
-    def _require_shared(name: str, values: list) -> None:
-        if any(value != values[0] for value in values):
-            raise ValueError(f"Sliced execution needs one {name} for all replicas, got {values}")
-
-    def parameter_levels(self) -> dict[str, Tensor]:
-        """For each parameter, the level of every element: broadcastable, `[1, ...]`.
-
-        An element belongs to the lowest width level at which it takes part; it is inactive
-        while that level's gate is 0.
-        """
-        channel, hidden = self.channel_level, self.hidden_level
-        heads = self.head_channel_level.repeat(3)
-        hidden_in = hidden.repeat(2 if self.config.feed_forward == "swiglu" else 1)
-
-        def outer(rows: Tensor, columns: Tensor) -> Tensor:
-            return torch.maximum(rows[:, None], columns[None, :])
-
-        vocabulary = torch.zeros(self.config.vocab_size, dtype=torch.long, device=channel.device)
-        levels = {
-            "embedding": outer(vocabulary, channel),
-            "final_norm": channel,
-            "unembedding": outer(channel, vocabulary),
-        }
-        for i in range(self.config.n_layers):
-            levels |= {
-                f"blocks.{i}.attention_norm": channel,
-                f"blocks.{i}.qkv": outer(channel, heads),
-                f"blocks.{i}.attention_out": outer(self.head_channel_level, channel),
-                f"blocks.{i}.ffn_norm": channel,
-                f"blocks.{i}.ffn_in": outer(channel, hidden_in),
-                f"blocks.{i}.ffn_out": outer(hidden, channel),
-            }
-        return levels
+    def refresh(self) -> None:
+        """Rebuilds all that depends on the knobs, after their storage was written to."""
+        self.knobs.refresh()
+        self.rotation.refresh(self.knobs.log_base)
 
     # Parameters ------------------------------------------------------------------------------
 
@@ -322,32 +176,33 @@ class AdaptiveTransformer(nn.Module):
             )
         state = self._prepare(batch * seq, noise)
         x = self._embed(tokens.flatten(1), state)
-        for block in self.blocks:
+        for module in self.blocks:
+            block = cast(nn.ParameterDict, module)
             x = x + self._attention(_normalise(x, state), block, state, batch)
             x = x + self._feed_forward(_normalise(x, state), block, state)
         weight = self.unembedding[:, : state.d_model] * self.final_norm[:, : state.d_model, None]
         return torch.bmm(_normalise(x, state), weight).view(n, batch, seq, -1)
 
     def _prepare(self, n_tokens: int, noise: Noise | None) -> _Pass:
-        config = self.config
-        share = config.width_levels[self._top_level] if self.sliced else 1.0
+        config, knobs = self.config, self.knobs
+        share = config.width_levels[knobs.top_level] if self.sliced else 1.0
         d, hidden = round(config.d_model * share), round(config.hidden_units * share)
         heads = round(config.n_heads * share)
-        gates = self.gates.to(self.embedding.dtype)
-        channel = gates[:, self.channel_level[:d]]
-        head_channels = gates[:, self.head_channel_level[: heads * config.head_dim]]
+        gates = knobs.gates.to(self.embedding.dtype)
+        channel = gates[:, knobs.channel_level[:d]]
+        head_channels = gates[:, knobs.head_channel_level[: heads * config.head_dim]]
         keep = None
-        if noise is not None and self._dropout_on:
+        if noise is not None and knobs.dropout_on:
             keep = self._keep_masks(n_tokens, noise, d)
         return _Pass(
             gate_model=channel[:, None, :],
             gate_heads=head_channels.repeat(1, 3)[:, None, :],
-            gate_hidden=gates[:, None, self.hidden_level[:hidden]],
+            gate_hidden=gates[:, None, knobs.hidden_level[:hidden]],
             inverse_width=1 / channel.square().sum(dim=1)[:, None, None],
             d_model=d,
             n_heads=heads,
             hidden=hidden,
-            span=self._shared_span if self.sliced else None,
+            span=knobs.shared_span if self.sliced else None,
             keep=keep,
         )
 
@@ -358,13 +213,13 @@ class AdaptiveTransformer(nn.Module):
         n_places = 1 + 2 * self.config.n_layers
         raw = self._pool.read(noise, n_places)
         raw = raw.view(self.n_replicas, n_places, n_tokens, self.config.d_model)[..., :d]
-        masks = keep_mask(raw, self.dropout, self.embedding.dtype)
+        masks = keep_mask(raw, self.knobs.dropout, self.embedding.dtype)
         return list(reversed(masks.unbind(1)))
 
     def _embed(self, tokens: Tensor, state: _Pass) -> Tensor:
         rows = torch.arange(self.n_replicas, device=tokens.device)[:, None]
         table = self.embedding[:, :, : state.d_model]
-        if not self._all_open:
+        if not self.knobs.all_open:
             table = table * state.gate_model
         return _drop(table[rows, tokens], state)
 
@@ -381,7 +236,7 @@ class AdaptiveTransformer(nn.Module):
         v = v.permute(0, 1, 3, 2, 4)
         if state.span is None:
             seq = n_tokens // batch
-            out = masked_attention(q, k, v, self.span_bias[:, :seq, :seq])
+            out = masked_attention(q, k, v, self.knobs.span_bias[:, :seq, :seq])
         else:
             out = banded_attention(q, k, v, state.span, self.config.ramp)
         out = out.permute(0, 1, 3, 2, 4).reshape(n, n_tokens, heads * head_dim)
@@ -406,7 +261,7 @@ class AdaptiveTransformer(nn.Module):
         return _drop(torch.bmm(h, back), state)
 
     def _gated(self, weight: Tensor, gate: Tensor) -> Tensor:
-        return weight if self._all_open else weight * gate
+        return weight if self.knobs.all_open else weight * gate
 
 
 def _normalise(x: Tensor, state: _Pass) -> Tensor:

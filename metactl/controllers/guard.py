@@ -50,18 +50,18 @@ class Guard(Controller):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         wanted = np.asarray(self._ask(observation), dtype=np.float64)
-        finite = np.isfinite(wanted).all(axis=1, keepdims=True)
-        actions = np.where(finite, np.clip(wanted, -1, 1), 0.0)
+        finite = np.asarray(np.isfinite(wanted).all(axis=1))
+        actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
         loss = self._loss(observation)
         self._outside = np.where(loss > self._best + self.band, self._outside + 1, 0)
-        inside = self._outside == 0
+        inside = np.asarray(self._outside == 0)
         improved = inside & (loss <= self._best)
         self._best = np.minimum(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
         defaults = self.codec.knobs.default_positions(self.n_runs)
         home = np.where((self._outside > self.patience)[:, None], defaults, self._good)
         back = self.towards(home, observation, self.share)
-        self.vetoes += ~inside | ~finite[:, 0]
+        self.vetoes += ~inside | ~finite
         return np.where(inside[:, None], actions, back)
 
     def _ask(self, observation: np.ndarray) -> np.ndarray:

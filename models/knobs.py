@@ -1,0 +1,199 @@
+"""The knobs of an adaptive transformer: values per replica, changed in place while it trains."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import causal_distance, span_log_weight
+from models.config import TransformerConfig
+from models.width import level_of_channel, nearest_level, stepped_gates
+
+KNOB_NAMES = ("rope_base", "attention_span", "embedding_width", "dropout")
+
+
+class Knobs(nn.Module):
+    """Knob values `[n_replicas]` in buffers, and the tables derived from them.
+
+    The values are part of `state_dict`; the tables are rebuilt when a value moved, and only then.
+    A change of width fades in and out: `embedding_width` sets the level asked for, and
+    `step_gates` moves the gates towards it.
+
+    Args:
+        config: The shape, with the defaults.
+        n_replicas: How many transformers.
+        device: Where the values live.
+        dtype: Type of the model's parameters.
+        sliced: Whether all replicas must share width and span.
+    """
+
+    log_base: Tensor
+    attention_span: Tensor
+    width_level: Tensor
+    gates: Tensor
+    dropout: Tensor
+    span_bias: Tensor
+    channel_level: Tensor
+    head_channel_level: Tensor
+    hidden_level: Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        n_replicas: int,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+        sliced: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.n_replicas, self.sliced = config, n_replicas, sliced
+        levels, n = config.width_levels, n_replicas
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def full(value: float) -> Tensor:
+            return torch.full((n,), value, device=device, dtype=precise)
+
+        self.register_buffer("log_base", full(math.log(config.rope_base)))
+        self.register_buffer("attention_span", full(float(config.context)))
+        self.register_buffer("width_level", full(0).long() + len(levels) - 1)
+        self.register_buffer("gates", full(1.0)[:, None].repeat(1, len(levels)))
+        self.register_buffer("dropout", full(0.0))
+        for name, size in (
+            ("channel_level", config.d_model),
+            ("head_channel_level", config.d_model),
+            ("hidden_level", config.hidden_units),
+        ):
+            self.register_buffer(name, level_of_channel(size, levels).to(device), persistent=False)
+        table = torch.zeros(
+            0 if sliced else n, config.context, config.context, device=device, dtype=precise
+        )
+        self.register_buffer("span_bias", table, persistent=False)
+        self.refresh()
+
+    def bounds(self, name: str) -> tuple[float, float]:
+        """Smallest and largest value that is accepted."""
+        ranges = {
+            "rope_base": (1.0, 1e9),
+            "attention_span": (1.0, float(self.config.context)),
+            "embedding_width": (0.0, 1.0),
+            "dropout": (0.0, 0.95),
+        }
+        if name not in ranges:
+            raise ValueError(f"Unknown knob {name!r}. Known: {', '.join(KNOB_NAMES)}")
+        return ranges[name]
+
+    def assign(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
+        """Sets values in place; see `AdaptiveTransformer.set_knobs`."""
+        chosen = range(self.n_replicas) if rows is None else rows
+        index = torch.tensor(list(chosen), device=self.log_base.device)
+        for name, value in values.items():
+            tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device=index.device)
+            self._set_one(name, tensor.expand(len(index)), index)
+        self.refresh(set(values))
+
+    def _set_one(self, name: str, value: Tensor, index: Tensor) -> None:
+        low, high = self.bounds(name)
+        if not bool(((value >= low) & (value <= high)).all()):
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value.tolist()}")
+        if name == "rope_base":
+            self.log_base[index] = value.log()
+        elif name == "attention_span":
+            self.attention_span[index] = value
+        elif name == "dropout":
+            self.dropout[index] = value
+        else:
+            self.width_level[index] = nearest_level(value, self.config.width_levels)
+
+    def values(self) -> dict[str, Tensor]:
+        """Values in force, each `[n_replicas]`."""
+        levels = torch.tensor(self.config.width_levels, device=self.gates.device)
+        return {
+            "rope_base": self.log_base.exp(),
+            "attention_span": self.attention_span.clone(),
+            "embedding_width": levels[self.width_level],
+            "dropout": self.dropout.clone(),
+        }
+
+    def step_gates(self, rate: float) -> None:
+        """Moves the width gates by at most `rate` towards the levels asked for."""
+        if self.gates_moving:
+            self.gates.copy_(stepped_gates(self.gates, self.width_level, rate))
+            self.refresh({"embedding_width"})
+
+    def settle_gates(self, rows: list[int]) -> None:
+        """Opens and closes the gates of some replicas at once, as at the start of a run."""
+        if self.gates_moving and rows:
+            self.gates[rows] = stepped_gates(self.gates[rows], self.width_level[rows], 1.0)
+            self.refresh({"embedding_width"})
+
+    def storage(self) -> dict[str, Tensor]:
+        """The buffers behind the values, each with a leading replica dimension; after writing
+        to them, call `AdaptiveTransformer.refresh`.
+        """
+        names = ("log_base", "attention_span", "width_level", "gates", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def refresh(self, moved: set[str] | None = None) -> None:
+        """Rebuilds what depends on the knobs that moved (all of them by default)."""
+        if moved is None or "attention_span" in moved:
+            self._refresh_span()
+        if moved is None or "embedding_width" in moved:
+            self._refresh_gates()
+        if moved is None or "dropout" in moved:
+            self.dropout_on = bool((self.dropout > 0).any())
+
+    def _refresh_span(self) -> None:
+        if self.sliced:
+            spans = self.attention_span.tolist()
+            _require_shared("attention_span", spans)
+            self.shared_span: float = spans[0]
+            return
+        span = self.attention_span
+        distance = causal_distance(self.config.context, device=span.device, dtype=span.dtype)
+        self.span_bias.copy_(span_log_weight(distance, span, self.config.ramp))
+
+    def _refresh_gates(self) -> None:
+        gates = self.gates
+        target = torch.arange(gates.shape[1], device=gates.device) <= self.width_level[:, None]
+        self.gates_moving = bool((gates != target).any())
+        self.all_open = bool((gates == 1).all())
+        if self.sliced:
+            _require_shared("embedding_width", gates.tolist())
+            self.top_level = int((gates[0] > 0).nonzero().max())
+
+    def parameter_levels(self) -> dict[str, Tensor]:
+        """The width level of every element of every parameter, shaped like one replica's.
+
+        An element belongs to the lowest level at which it takes part; it is inactive while
+        that level's gate is 0.
+        """
+        channel, heads, hidden = self.channel_level, self.head_channel_level, self.hidden_level
+        hidden_in = hidden.repeat(2 if self.config.feed_forward == "swiglu" else 1)
+        vocabulary = torch.zeros(self.config.vocab_size, dtype=torch.long, device=channel.device)
+
+        def outer(rows: Tensor, columns: Tensor) -> Tensor:
+            return torch.maximum(rows[:, None], columns[None, :])
+
+        levels = {
+            "embedding": outer(vocabulary, channel),
+            "final_norm": channel,
+            "unembedding": outer(channel, vocabulary),
+        }
+        for i in range(self.config.n_layers):
+            levels |= {
+                f"blocks.{i}.attention_norm": channel,
+                f"blocks.{i}.qkv": outer(channel, heads.repeat(3)),
+                f"blocks.{i}.attention_out": outer(heads, channel),
+                f"blocks.{i}.ffn_norm": channel,
+                f"blocks.{i}.ffn_in": outer(channel, hidden_in),
+                f"blocks.{i}.ffn_out": outer(hidden, channel),
+            }
+        return levels
+
+
+def _require_shared(name: str, values: list[Any]) -> None:
+    if any(value != values[0] for value in values):
+        raise ValueError(f"Sliced execution needs one {name} for all replicas, got {values}")
