@@ -63,7 +63,7 @@ class RunConfig:
     batch_size: int = 8
     horizon: int | tuple[int, int] = 400
     unique_bytes: tuple[int, int] = (1_500, 1_000_000)
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     warmup: float = 0.1
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1

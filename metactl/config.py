@@ -1,7 +1,7 @@
 """Configurations: dataclasses with defaults, read from YAML, changed by flags. No torch here."""
 
+import contextlib
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -58,6 +58,7 @@ class PPOConfig:
         ent_coef: Weight of the entropy bonus.
         log_std_init: Log deviation of the actions at the start.
         hidden: Units of the hidden layers.
+        paired_runs: Runs that share their episodes and are rewarded relative to each other.
     """
 
     total_timesteps: int = 50_000
@@ -71,9 +72,10 @@ class PPOConfig:
     ent_coef: float = 0.0
     log_std_init: float = -0.5
     hidden: tuple[int, ...] = (64, 64)
+    paired_runs: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("total_timesteps", "n_steps", "batch_size", "n_epochs", "learning_rate"):
+        for name in ("total_timesteps", "n_steps", "batch_size", "n_epochs", "learning_rate", "paired_runs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
@@ -168,11 +170,40 @@ def _known_keys(kind: Any, path: list[str]) -> list[str]:
     return list(kind.__dataclass_fields__)
 
 
-def parse_flag(text: str) -> Any:
-    """A value given as `key=value` on the command line, read as YAML reads it (and 1e-4 too)."""
+def find_config(name: str) -> Path:
+    """A YAML file by path, or a packaged recipe by its name.
+
+    Raises:
+        ConfigError: If there is neither; the message lists the recipes.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    here = Path(__file__).resolve().parent
+    folders = [here / "configs", here.parent / "configs"]  # in a wheel; in a checkout
+    recipes = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    found = recipes.get(path.stem) if path.parent in (Path(), Path("configs")) else None
+    if found is None:
+        raise ConfigError(
+            f"Config {name!r} is neither a file nor a recipe. Recipes: {', '.join(recipes)}"
+        )
+    return found
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` from the command line; the value as YAML reads it, and 1e-4 as a number.
+
+    Raises:
+        ConfigError: If it is not of that form.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
-        number = float(text)
-    except ValueError:
-        return yaml.safe_load(text)
-    whole = number.is_integer() if math.isfinite(number) else False
-    return int(number) if whole and "." not in text and "e" not in text.lower() else number
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from error
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)
+    return key, parsed

@@ -49,7 +49,7 @@ class Knob:
     default: float
     scale: str = "linear"
     levels: tuple[float, ...] = ()
-    max_move: float = 8.0
+    max_move: float = 4.0
     unit: str = ""
 
     def __post_init__(self) -> None:

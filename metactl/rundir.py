@@ -1,5 +1,6 @@
 """The run directory: where a command keeps its results, and what protects them."""
 
+import json
 import os
 import shlex
 import sys
@@ -107,6 +108,12 @@ def differences(left: Any, right: Any, prefix: str = "") -> list[str]:
         for key in keys
         for found in differences(left.get(key), right.get(key), f"{prefix}{key}.")
     ]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a report, with the versions that made it."""
+    body = {**values, "versions": versions()}
+    write_atomically(path, (json.dumps(body, indent=2, allow_nan=False) + "\n").encode())
 
 
 def resolve_data(options: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Shard:
     def set_reward_scale(self, scale: float) -> None:
         self.env.loop.reward = ImprovementReward(scale=scale)
 
-    def reset(self, seed: int) -> np.ndarray:
+    def reset(self, seed: int | list[int | None]) -> np.ndarray:
         return self.env.reset(seed=seed)[0]
 
     def step(self, actions: np.ndarray) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,13 @@ from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import TrainConfig, dump
 from metactl.policy import FORMAT_VERSION, Policy, PolicyCard
+from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
 from metactl.vec_env import ShardVecEnv
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
-"""Called with what is done, what there is in all, and a short status."""
 
 _CALIBRATION_SEED = 1 << 30  # far from the seeds of training
 
@@ -78,7 +76,7 @@ def train(
         RunDirectoryError: If there is nothing to resume.
     """
     with build_shards(config) as shards:
-        env = ShardVecEnv(shards)
+        env = ShardVecEnv(shards, config.ppo.paired_runs)
         model = _build_ppo(config, env)
         if resume:
             state = load_newest_checkpoint(run_dir / "checkpoints")
@@ -141,9 +139,9 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> float:
     for _ in range(n_control_steps):
         actions = rng.normal(0, 0.6, (env.num_envs, n_knobs)).clip(-1, 1)
         actions[resting] = 0
-        observation, reward, _, _ = env.step(actions)
+        observation, _, _, infos = env.step(actions)
         observations.append(observation)
-        improvement += reward
+        improvement += [info["own_reward"] for info in infos]
     seen = np.concatenate(observations[:-1])
     std = seen.std(axis=0)
     normaliser = model.policy.features_extractor
@@ -169,7 +167,11 @@ class _Keeper(BaseCallback):
         self.scale, self.progress = scale, progress
         self._updates = 0
         self._ended: list[dict[str, Any]] = []
+        self._finished: list[float] = []
         self._returns = np.zeros(0)
+
+    def _on_training_start(self) -> None:
+        self._returns = np.zeros(self.training_env.num_envs)
 
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, PPO)
@@ -179,11 +181,10 @@ class _Keeper(BaseCallback):
             save_checkpoint(folder, self.num_timesteps, tensors, scalars)
         self._updates += 1
         self._ended = []
-        self._returns = np.zeros(self.training_env.num_envs)
-        self._finished: list[float] = []
+        self._finished = []
 
     def _on_step(self) -> bool:
-        self._returns += self.locals["rewards"]
+        self._returns += [info["own_reward"] for info in self.locals["infos"]]
         for row in np.flatnonzero(self.locals["dones"]):
             self._ended.append(self.locals["infos"][row])
             self._finished.append(self._returns[row])
@@ -233,6 +234,9 @@ def _snapshot(
     _, keys, position, has_gauss, cached = generator
     python_version, python_state, python_gauss = random.getstate()
     assert model._last_obs is not None
+    assert isinstance(model.env, ShardVecEnv)
+    for name, value in model.env.state_dict().items():
+        tensors[f"env/{name}"] = torch.from_numpy(value)
     tensors |= {
         "last_obs": torch.from_numpy(np.asarray(model._last_obs)),
         "last_episode_starts": torch.from_numpy(model._last_episode_starts),
@@ -276,6 +280,8 @@ def _restore(
             f"workers that it was trained with"
         )
     shards.call("load_state_dict", states)
+    assert isinstance(model.env, ShardVecEnv)
+    model.env.load_state_dict({name: value.numpy() for name, value in under("env/").items()})
     model.num_timesteps = scalars["num_timesteps"]
     model._n_updates = scalars["n_updates"]
     model._last_obs = tensors["last_obs"].numpy().copy()

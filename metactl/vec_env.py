@@ -12,18 +12,29 @@ from metactl.shards import ShardRow
 class ShardVecEnv(VecEnv):
     """All runs of a row of shards as one SB3 vector environment.
 
-    Seeds: shard k's run i of `reset` after `seed(s)` is the single environment with seed
-    `s + k * n_envs + i`.
+    Seeds: run i of the row, after `seed(s)`, is the single environment with seed
+    `s + i // paired_runs`. So `paired_runs` neighbours live through the same episodes (task,
+    weights, batches, noise, initial knobs) and differ by their actions alone, and the reward of
+    each is taken relative to the mean of the others: what the task gives to all of them says
+    nothing about an action, and without it far fewer runs are needed to learn. The baseline does
+    not depend on a run's own actions, so the best policy stays the best (the leave-one-out
+    baseline of arXiv 2402.14740).
 
     Args:
         shards: The row; it stays the caller's to close.
+        paired_runs: Runs per group; 1 gives plain rewards.
     """
 
-    def __init__(self, shards: ShardRow) -> None:
-        self.shards = shards
+    def __init__(self, shards: ShardRow, paired_runs: int = 1) -> None:
+        if shards.n_envs % paired_runs:
+            raise ValueError(
+                f"paired_runs must divide the {shards.n_envs} runs of a shard, got {paired_runs}"
+            )
+        self.shards, self.paired_runs = shards, paired_runs
         about = shards.describe()
         self._actions = np.zeros(0)
         self._seed = 0
+        self._age = np.zeros((2, 0), dtype=np.int64)
         super().__init__(
             shards.n_shards * shards.n_envs, about["observation_space"], about["action_space"]
         )
@@ -33,8 +44,11 @@ class ShardVecEnv(VecEnv):
         return [self._seed + i for i in range(self.num_envs)]
 
     def reset(self) -> np.ndarray:
-        seeds = [(self._seed + k * self.shards.n_envs,) for k in range(self.shards.n_shards)]
-        return np.concatenate(self.shards.call("reset", seeds))
+        seeds = [self._seed + i // self.paired_runs for i in range(self.num_envs)]
+        self._age = np.zeros((2, self.num_envs), dtype=np.int64)  # episode, control step
+        n = self.shards.n_envs
+        chunks = [(seeds[k * n : (k + 1) * n],) for k in range(self.shards.n_shards)]
+        return np.concatenate(self.shards.call("reset", chunks))
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -44,12 +58,31 @@ class ShardVecEnv(VecEnv):
         answers = self.shards.call("step", [(chunk,) for chunk in chunks])
         observations, rewards, terminated, _, infos = zip(*answers, strict=True)
         per_run = [info for shard in infos for info in self._per_run(shard)]
-        return (
-            np.concatenate(observations),
-            np.concatenate(rewards).astype(np.float32),
-            np.concatenate(terminated),
-            per_run,
-        )
+        reward, done = np.concatenate(rewards), np.concatenate(terminated)
+        for info, own in zip(per_run, reward, strict=True):
+            info["own_reward"] = float(own)
+        relative = self._relative(reward)
+        self._age[1] += 1
+        self._age[0, done] += 1
+        self._age[1, done] = 0
+        return np.concatenate(observations), relative.astype(np.float32), done, per_run
+
+    def _relative(self, reward: np.ndarray) -> np.ndarray:
+        """Rewards minus the mean of the other runs at the same moment of the same episode."""
+        if self.paired_runs == 1:
+            return reward
+        groups = reward.reshape(-1, self.paired_runs)
+        age = self._age.reshape(2, -1, self.paired_runs)
+        twins = (age[:, :, :, None] == age[:, :, None, :]).all(axis=0)
+        twins &= ~np.eye(self.paired_runs, dtype=bool)
+        baseline = (twins * groups[:, None, :]).sum(axis=2) / np.maximum(twins.sum(axis=2), 1)
+        return (groups - baseline).reshape(-1)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"age": self._age.copy()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._age = np.array(state["age"])
 
     def _per_run(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
         """SB3 wants one dictionary per run, and the last observation of those that ended."""

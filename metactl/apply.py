@@ -1,0 +1,116 @@
+"""Applying a policy to new training runs, with paired twins to compare with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from metactl.board import Board
+from metactl.controllers import Static
+from metactl.env import Step
+from metactl.evaluate import paired_episodes, policy_arm, summarise
+from metactl.files import write_atomically
+from metactl.policy import Policy
+from metactl.progress import Progress
+from metactl.rollout import Trial, TrialResult, play
+from metactl.shards import make_population
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """What applying a policy gave.
+
+    Args:
+        results: By arm (`"policy"`, and `"default"` with twins): one result per run.
+        summary: Means and, with twins, paired differences.
+    """
+
+    results: dict[str, list[TrialResult]]
+    summary: dict[str, Any]
+
+
+def apply_policy(
+    policy: Policy,
+    env_id: str,
+    options: dict[str, Any],
+    run_dir: Path,
+    *,
+    n_runs: int,
+    seed: int,
+    compare: bool,
+    progress: Progress | None = None,
+) -> Application:
+    """Trains new models under a policy and saves them as `run_dir/model-I`.
+
+    Args:
+        policy: Who moves the knobs, guarded.
+        env_id: The environment.
+        options: Its keyword arguments.
+        run_dir: Holds `tb/`, the models and their losses.
+        n_runs: New training runs.
+        seed: Determines data, weights, batches and noise.
+        compare: Also train paired twins at default knobs.
+        progress: Told about every control step.
+    """
+    env = make_population(env_id, n_runs * (2 if compare else 1), options)
+    loop = env.loop
+    default = loop.knobs.default_positions(1)[0]
+    episodes = paired_episodes(n_runs, seed, default)
+    arm = policy_arm(policy, default)
+    trials = [Trial(arm="policy", episode=e, controller=arm.controller) for e in episodes]
+    if compare:
+        static = Static()
+        trials += [Trial(arm="default", episode=e, controller=static) for e in episodes]
+    total = loop.config.n_control_steps
+    with Board(run_dir / "tb") as board:
+
+        def on_step(index: int, step: Step) -> None:
+            board.scalars(_scalars(step, n_runs), (index + 1) * loop.optimizer_steps)
+            if progress is not None:
+                progress(index + 1, total, _status(step, n_runs))
+
+        results = play(loop, trials, on_step)
+    for row in range(n_runs):
+        _save_model(loop.run.export(row), run_dir / f"model-{row}")
+    env.close()
+    by_arm: dict[str, list[TrialResult]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, []).append(result)
+    return Application(results=by_arm, summary=summarise(by_arm))
+
+
+def _scalars(step: Step, n_runs: int) -> dict[str, float]:
+    """Means over the controlled runs."""
+    measured = {
+        "train/loss": step.measurement.train_loss,
+        "probe/loss": step.measurement.probe_loss,
+        "signal/gradient_norm": step.measurement.gradient_norm,
+        "signal/update_ratio": step.measurement.update_ratio_median,
+        "perf/flops": step.measurement.flops,
+    }
+    knobs = {f"knob/{name}": value for name, value in step.values.items()}
+    return {
+        name: float(value[:n_runs].mean())
+        for name, value in {**measured, **knobs}.items()
+        if value is not None
+    }
+
+
+def _status(step: Step, n_runs: int) -> str:
+    knobs = " ".join(f"{name} {v[:n_runs].mean():.3g}" for name, v in step.values.items())
+    return f"loss {step.measurement.train_loss[:n_runs].mean():.3f} {knobs}"
+
+
+def _save_model(model: torch.nn.Module, folder: Path) -> None:
+    """Weights as safetensors, the shape as JSON where the model knows it."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        text = json.dumps(config.to_dict(), indent=2) + "\n"  # type: ignore[union-attr]
+        write_atomically(folder / "config.json", text.encode())

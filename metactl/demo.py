@@ -1,0 +1,138 @@
+"""The main job in minutes: train a policy, apply it to what it never saw, compare honestly."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metactl.config import TrainConfig, dump
+from metactl.controllers import Static
+from metactl.deployment import deployment
+from metactl.evaluate import Arm, Evaluation, evaluate, play_arms, policy_arm, summarise
+from metactl.knobs import KnobSet
+from metactl.policy import Policy
+from metactl.progress import Progress, bar, console
+from metactl.report import draw_runs, gap_sentence, paired_table
+from metactl.rundir import RunDirectoryError, open_run_directory, write_json
+from metactl.shards import ShardRow, default_workers
+from metactl.train import train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoPlan:
+    """What the demo compares.
+
+    Args:
+        n_tasks: Held-out tasks.
+        grid_points: Static settings, the default among them.
+        n_larger_tasks: Held-out tasks for a larger model.
+        d_model: Channels of the larger model.
+        n_layers: Its blocks.
+        n_envs: Runs per worker process.
+        seed: Of tasks and runs.
+    """
+
+    n_tasks: int = 16
+    grid_points: int = 16
+    n_larger_tasks: int = 8
+    d_model: int = 48
+    n_layers: int = 3
+    n_envs: int = 16
+    seed: int = 0
+
+
+def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
+    """Trains a policy, compares it on held-out runs, and writes what came of it.
+
+    Args:
+        run_dir: Replaced if it holds an earlier demo.
+        config: How the policy is trained.
+        plan: How it is compared.
+
+    Returns:
+        The run directory, with `summary.json`, `demo.png`, `policy/` and `tb/`.
+    """
+    started = time.monotonic()
+    say = console().print
+    torch.set_num_threads(1)
+    clear_demo(run_dir)
+    run_dir = open_run_directory(run_dir, "demo", dump(config))
+    say("1/3  PPO learns on small transformers to move four knobs while they train.")
+    with bar("Training the controller") as progress:
+        policy = train(config, run_dir, progress=progress)
+    trained = time.monotonic()
+    say("2/3  New runs on text it never saw, beside a grid of static settings.")
+    with bar("Paired held-out runs") as progress:
+        held_out = _same_size(policy, plan, progress)
+    say("3/3  New runs of a larger model, beside the default setting.")
+    with bar("Paired larger runs") as progress:
+        larger = _larger(policy, plan, progress)
+    arms = {name: held_out.results[name] for name in ("default", "best static", "policy")}
+    draw_runs(run_dir / "demo.png", arms, "Held-out runs: default, best static, policy")
+    write_json(
+        run_dir / "summary.json",
+        {
+            "held_out": held_out.summary,
+            "larger_model": larger,
+            "seconds": {
+                "training": round(trained - started, 1),
+                "total": round(time.monotonic() - started, 1),
+            },
+        },
+    )
+    say(paired_table(held_out.summary, f"{plan.n_tasks} held-out tasks, nats per byte"))
+    say(gap_sentence(held_out.summary))
+    size = f"{plan.n_layers} layers, d_model {plan.d_model}"
+    say(paired_table(larger, f"{plan.n_larger_tasks} runs of a larger model ({size})"))
+    return run_dir
+
+
+def _same_size(policy: Policy, plan: DemoPlan, progress: Progress) -> Evaluation:
+    env_id, options = deployment(policy)
+    with ShardRow(env_id, plan.n_envs, options, default_workers()) as shards:
+        return evaluate(
+            policy,
+            shards,
+            n_tasks=plan.n_tasks,
+            grid_points=plan.grid_points,
+            seed=plan.seed,
+            progress=progress,
+        )
+
+
+def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any]:
+    """The policy and the default setting on a shape that training never saw."""
+    env_id, options = deployment(policy, d_model=plan.d_model, n_layers=plan.n_layers)
+    n_envs = max(1, plan.n_larger_tasks // 2)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, 2 * plan.n_larger_tasks, "")
+
+    with ShardRow(env_id, n_envs, options, default_workers()) as shards:
+        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        rest = Arm(name="default", positions=default, controller=Static())
+        arms = [rest, policy_arm(policy, default)]
+        progress(0, 2 * plan.n_larger_tasks, "")
+        return summarise(play_arms(shards, arms, plan.n_larger_tasks, plan.seed, report))
+
+
+def clear_demo(run_dir: Path) -> None:
+    """Removes an earlier demo, and nothing else.
+
+    Raises:
+        RunDirectoryError: If the directory holds something else.
+    """
+    if not run_dir.exists():
+        return
+    record = run_dir / "config.yaml"
+    if not record.is_file() or "kind: demo" not in record.read_text(errors="replace"):
+        raise RunDirectoryError(
+            f"Run directory {str(run_dir)!r} exists and holds no demo; choose another"
+        )
+    shutil.rmtree(run_dir)

@@ -1,0 +1,119 @@
+"""What people look at: the paired table and the picture of losses and knobs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from metactl.rollout import TrialResult
+
+
+def paired_table(summary: dict[str, Any], title: str) -> Table:
+    """Arms, their losses, and the paired difference of the policy to each."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("arm")
+    for header in ("test loss", "at best probe", "policy minus arm (95 %)", "wins", "PFLOPs"):
+        table.add_column(header, justify="right")
+    order = sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"])
+    for arm, figures in order:
+        difference = summary["policy_minus"].get(arm)
+        cells = ["", ""]
+        if difference is not None:
+            d = difference["final_test"]
+            cells[0] = f"{d['estimate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+            cells[1] = f"{100 * difference['probability_of_improvement']:.0f} %"
+        table.add_row(
+            f"[bold]{arm}[/bold]" if arm == "policy" else arm,
+            f"{figures['final_test']:.3f}",
+            f"{figures['best_checkpoint_test']:.3f}",
+            *cells,
+            f"{figures['flops'] / 1e15:.4f}",
+        )
+    return table
+
+
+def gap_sentence(summary: dict[str, Any]) -> str:
+    """The share of the gap that is closed, in words."""
+    closed = summary["gap_closed"]
+    if closed["estimate"] is None:
+        return "There is no gap between the best static setting and the per-task best."
+
+    def percent(value: float | None) -> str:
+        return "unbounded" if value is None else f"{100 * value:.0f} %"
+
+    return (
+        f"Gap from best static to per-task best that the policy closes: "
+        f"{percent(closed['estimate'])} "
+        f"(95 % interval {percent(closed['low'])} to {percent(closed['high'])})."
+    )
+
+
+def draw_runs(
+    path: Path, arms: Mapping[str, Sequence[TrialResult]], title: str, n_tasks: int = 3
+) -> None:
+    """Draws probe losses and knob trajectories of a few tasks, one column each.
+
+    Args:
+        path: PNG to write.
+        arms: Results by arm, paired by task; the last arm's knobs are drawn boldest.
+        title: Above the figure.
+        n_tasks: Columns; tasks are spread over the order of the policy's gain.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(arms)
+    chosen = _spread_by_gain(arms[names[0]], arms[names[-1]], n_tasks)
+    knobs = list(arms[names[-1]][0].values)
+    figure, axes = plt.subplots(
+        1 + len(knobs),
+        len(chosen),
+        figsize=(4.2 * len(chosen), 2.6 + 1.35 * len(knobs)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[2.2] + [1.0] * len(knobs),
+    )
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for column, task in enumerate(chosen):
+        for i, name in enumerate(names):
+            result = arms[name][task]
+            style = {"color": colours[i], "lw": 2.2 if i == len(names) - 1 else 1.2}
+            share = np.linspace(0, 1, len(result.probe_loss))
+            label = f"{name}: test {result.final_test:.3f}"
+            axes[0, column].plot(share, result.probe_loss, label=label, **style)
+            for row, knob in enumerate(knobs, start=1):
+                values = np.asarray(result.values[knob])
+                axes[row, column].step(share[1:], values, where="pre", **style)
+        losses = np.concatenate([arms[name][task].probe_loss[5:] for name in names])
+        axes[0, column].set_ylim(losses.min() - 0.05, np.quantile(losses, 0.97) + 0.1)
+        axes[0, column].set_title(f"task {task}", fontsize=10)
+        axes[0, column].legend(fontsize=7, frameon=False)
+        axes[-1, column].set_xlabel("share of the run")
+    axes[0, 0].set_ylabel("probe loss (nats)")
+    for row, knob in enumerate(knobs, start=1):
+        axes[row, 0].set_ylabel(knob.replace("_", "\n"), fontsize=9)
+        everything = np.concatenate([r.values[knob] for name in names for r in arms[name]])
+        if everything.min() > 0 and everything.max() / everything.min() > 20:
+            for axis in axes[row]:
+                axis.set_yscale("log")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _spread_by_gain(
+    baseline: Sequence[TrialResult], policy: Sequence[TrialResult], n_tasks: int
+) -> list[int]:
+    """Tasks from the least to the greatest gain, so that the picture does not flatter."""
+    pairs = zip(baseline, policy, strict=True)
+    gains = np.array([before.final_test - after.final_test for before, after in pairs])
+    order = gains.argsort()
+    picks = np.linspace(0, len(order) - 1, min(n_tasks, len(order))).round().astype(int)
+    return [int(order[i]) for i in picks]

@@ -1,0 +1,69 @@
+"""Paired statistics: what a difference is worth, with an interval."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from metactl.knobs import FloatArray
+
+N_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate with a 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(left: FloatArray, right: FloatArray, seed: int = 0) -> Interval:
+    """Mean of `left - right` over paired tasks, with a percentile bootstrap interval.
+
+    Args:
+        left: One number per task.
+        right: The same tasks.
+        seed: Of the resampling.
+    """
+    difference = np.asarray(left) - np.asarray(right)
+    means = difference[_resamples(len(difference), seed)].mean(axis=1)
+    return _interval(float(difference.mean()), means)
+
+
+def gap_closed(
+    policy: FloatArray, best_static: FloatArray, oracle: FloatArray, seed: int = 0
+) -> Interval:
+    """Share of the gap between the best static setting and the per-task oracle that is closed.
+
+    A ratio of means, mean(static - policy) / mean(static - oracle), never a mean of ratios. Where
+    the resampled gap is not positive there is no gap to close, and the interval is infinite.
+    """
+    gain = np.asarray(best_static) - np.asarray(policy)
+    gap = np.asarray(best_static) - np.asarray(oracle)
+    index = _resamples(len(gain), seed)
+    gains, gaps = gain[index].mean(axis=1), gap[index].mean(axis=1)
+    ratios = np.divide(
+        gains, gaps, out=np.copysign(np.full_like(gains, np.inf), gains), where=gaps > 0
+    )
+    estimate = float(gain.mean() / gap.mean()) if gap.mean() > 0 else float("nan")
+    return _interval(estimate, ratios)
+
+
+def probability_of_improvement(left: FloatArray, right: FloatArray) -> float:
+    """Share of tasks on which `left` is below `right`, ties counting half."""
+    left, right = np.asarray(left), np.asarray(right)
+    return float((left < right).mean() + 0.5 * (left == right).mean())
+
+
+def _resamples(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n))
+
+
+def _interval(estimate: float, resampled: FloatArray) -> Interval:
+    # Order statistics, so that infinite ratios need no arithmetic.
+    low, high = np.quantile(resampled, (0.025, 0.975), method="nearest")
+    return Interval(estimate=estimate, low=float(low), high=float(high))

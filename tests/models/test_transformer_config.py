@@ -1,0 +1,81 @@
+"""The shape of a transformer: what is accepted, what is refused and how."""
+
+import dataclasses
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from models import TransformerConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"vocab_size": 0}, ("vocab_size", "0")),
+        ({"n_layers": -1}, ("n_layers", "-1")),
+        ({"d_model": 32.0}, ("d_model", "32.0")),
+        ({"context": 0}, ("context", "0")),
+        ({"d_ff": 0}, ("d_ff", "0")),
+        ({"feed_forward": "relu"}, ("feed_forward", "gelu, swiglu", "'relu'")),
+        ({"d_model": 30}, ("d_model=30", "n_heads=4")),
+        ({"d_model": 12, "n_heads": 4}, ("d_model=12", "even")),
+        ({"rope_base": 1.0}, ("rope_base", "1.0")),
+        ({"rope_base": float("nan")}, ("rope_base", "nan")),
+        ({"span_ramp": 0.0}, ("span_ramp", "0.0")),
+        ({"width_levels": ()}, ("width_levels", "()")),
+        ({"width_levels": (0.5,)}, ("width_levels", "0.5")),
+        ({"width_levels": (0.0, 1.0)}, ("width_levels", "0.0")),
+        ({"width_levels": (0.5, 0.5, 1.0)}, ("width_levels", "(0.5, 0.5, 1.0)")),
+        ({"d_model": 12, "n_heads": 3, "width_levels": (0.5, 1.0)}, ("0.5", "1.5 of 3 n_heads")),
+        ({"d_ff": 10, "width_levels": (0.25, 1.0)}, ("0.25", "2.5 of 10 hidden_units")),
+    ],
+)
+def test_a_bad_shape_is_refused_with_the_field_and_what_was_received(options, parts):
+    with pytest.raises(ValueError) as error:
+        TransformerConfig(**options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_shape_cannot_be_changed_or_given_by_position():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TransformerConfig().d_model = 64
+    with pytest.raises(TypeError):
+        TransformerConfig(256)
+
+
+def test_derived_sizes_follow_their_rules():
+    config = TransformerConfig(d_model=48, n_heads=4, context=64)
+    assert (config.head_dim, config.hidden_units, config.ramp) == (12, 192, 8.0)
+    assert TransformerConfig(context=4).ramp == 1.0
+    assert TransformerConfig(d_ff=20, span_ramp=2.5).hidden_units == 20
+    assert TransformerConfig(span_ramp=2.5).ramp == 2.5
+
+
+@settings(max_examples=20, deadline=None, database=None)
+@given(
+    heads=st.sampled_from([4, 8]),
+    half_head=st.integers(1, 6),
+    layers=st.integers(1, 5),
+    feed_forward=st.sampled_from(["gelu", "swiglu"]),
+    ramp=st.one_of(st.none(), st.floats(0.1, 50)),
+)
+def test_to_dict_rebuilds_an_equal_shape(heads, half_head, layers, feed_forward, ramp):
+    config = TransformerConfig(
+        d_model=2 * heads * half_head,
+        n_heads=heads,
+        n_layers=layers,
+        feed_forward=feed_forward,
+        span_ramp=ramp,
+    )
+    assert TransformerConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(models.__path__, "models.")])
+def test_the_examples_in_the_docstrings_are_true(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
