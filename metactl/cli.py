@@ -247,7 +247,8 @@ def _apply(command: Apply) -> int:
             progress=progress,
         )
     write_json(run_dir / "summary.json", done.summary)
-    arms = {name: done.results[name] for name in ("default", "policy") if name in done.results}
+    order = [name for name in ("default", "policy") if name in done.results]
+    arms: dict[str, Any] = {name: done.results[name] for name in order}
     draw_runs(run_dir / "runs.png", arms, "New runs under the policy")
     console().print(paired_table(done.summary, f"{command.n_runs} new runs"))
     print(f"Models: {run_dir}/model-*   Picture: {run_dir / 'runs.png'}")

@@ -75,7 +75,8 @@ class PPOConfig:
     paired_runs: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("total_timesteps", "n_steps", "batch_size", "n_epochs", "learning_rate", "paired_runs"):
+        counts = ("total_timesteps", "n_steps", "batch_size", "n_epochs", "paired_runs")
+        for name in (*counts, "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):

@@ -1,0 +1,102 @@
+"""What a user would write instead: ordinary torch modules, one training run per process."""
+
+import multiprocessing
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 256
+
+
+class Block(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1, self.norm2 = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.up = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.down = nn.Linear(4 * d_model, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, seq, d_model = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, seq, 3, self.n_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+
+        def rotate(u: Tensor) -> Tensor:
+            a, b = u.chunk(2, dim=-1)
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        x = x + self.dropout(self.out(y.transpose(1, 2).reshape(batch, seq, d_model)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, d_model: int, n_heads: int, n_layers: int, context: int) -> None:
+        super().__init__()
+        dropout = 0.1
+        self.embedding = nn.Embedding(VOCABULARY, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
+        self.norm = nn.RMSNorm(d_model)
+        self.unembedding = nn.Linear(d_model, VOCABULARY, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        head_dim = d_model // n_heads
+        inv_freq = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+        angles = torch.arange(context)[:, None] * inv_freq
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        return self.unembedding(self.norm(x))
+
+
+def _work(shape: dict[str, int], batch_size: int, seconds: float, answer: Any) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    model = Transformer(**shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    data, window = torch.randint(0, VOCABULARY, (100_000,)), shape["context"] + 1
+    offsets = torch.arange(window)
+
+    def step() -> None:
+        tokens = data[torch.randint(0, len(data) - window, (batch_size, 1)) + offsets]
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    for _ in range(20):
+        step()
+    start, n_steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step()
+        n_steps += 1
+    answer.send(n_steps / (time.perf_counter() - start))
+
+
+def steps_per_second(
+    shape: dict[str, int], batch_size: int, n_processes: int, seconds: float
+) -> float:
+    """Optimizer steps per second of all processes together, one thread each."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
+    processes = [
+        context.Process(target=_work, args=(shape, batch_size, seconds, theirs))
+        for _, theirs in pipes
+    ]
+    for process in processes:
+        process.start()
+    rates = [ours.recv() for ours, _ in pipes]
+    for process in processes:
+        process.join()
+    return sum(rates)

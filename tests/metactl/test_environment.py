@@ -1,0 +1,308 @@
+import copy
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from stable_baselines3.common.env_checker import check_env as sb3_check
+from toy_plant import TOY, ToyPlant
+
+from envs.transformer_run import build_run
+from metactl.env import ControlConfig, ControlLoop, TrainingRunEnv, TrainingRunVectorEnv
+from metactl.shards import ShardRow
+from metactl.vec_env import ShardVecEnv
+
+ID = "envs:AdaptiveTransformer-v0"
+OPTIONS = {"horizon": 40, "context": 16, "n_control_steps": 20}
+SHORT = {"horizon": 12, "context": 16, "n_control_steps": 6}
+
+
+def single(**options):
+    return gymnasium.make(ID, **{**OPTIONS, **options}).unwrapped
+
+
+def population(n, **options):
+    return gymnasium.make_vec(ID, num_envs=n, **{**SHORT, **options}).unwrapped
+
+
+def toys(n, diverge_above=np.inf, **control):
+    config = ControlConfig(**{"n_control_steps": 8, **control})
+    return TrainingRunVectorEnv(ToyPlant(n, diverge_above=diverge_above), config)
+
+
+def actions(n_steps, *shape, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n_steps, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("check", [gymnasium_check, sb3_check], ids=["gymnasium", "sb3"])
+def test_the_environment_passes_the_check_of(check):
+    env = single()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(env)
+    env.close()
+
+
+def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another():
+    def trajectory(seed):
+        env = single(**SHORT, random_start=0.5)
+        observations = [env.reset(seed=seed)[0]]
+        steps = [env.step(action) for action in actions(6, 4)]
+        return np.stack(observations + [s[0] for s in steps]), [s[1] for s in steps]
+
+    first, again, other = trajectory(3), trajectory(3), trajectory(4)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert first[1] == again[1]
+    assert first[1] != other[1]
+
+
+def test_the_faces_agree_in_double_precision_over_the_end_of_an_episode():
+    options = {**SHORT, "dtype": "float64"}
+    n_steps, seed = 9, 11
+    moves = actions(n_steps, 2, 4)
+    vector = population(2, dtype="float64")
+    singles = [single(**options) for _ in range(2)]
+    row = ShardRow(ID, 2, options, n_workers=0)
+    with row:
+        sb3 = ShardVecEnv(row)
+        sb3.seed(seed)
+        now = vector.reset(seed=seed)[0]
+        np.testing.assert_allclose(sb3.reset(), now, atol=1e-9)
+        starts = [env.reset(seed=seed + i)[0] for i, env in enumerate(singles)]
+        np.testing.assert_allclose(np.stack(starts), now, atol=1e-9)
+        ends = 0
+        for move in moves:
+            now, reward, terminated, truncated, infos = vector.step(move)
+            sb3_now, sb3_reward, sb3_done, sb3_infos = sb3.step(move)
+            np.testing.assert_allclose(sb3_now, now, atol=1e-9)
+            np.testing.assert_allclose(sb3_reward, reward.astype(np.float32), atol=1e-9)
+            assert sb3_done.tolist() == terminated.tolist()
+            assert not truncated.any()
+            for i, env in enumerate(singles):
+                seen, earned, ended, _, info = env.step(move[i])
+                assert ended == terminated[i]
+                assert earned == pytest.approx(reward[i], abs=1e-9)
+                assert info["probe_loss"] == pytest.approx(infos["probe_loss"][i], abs=1e-9)
+                assert info["knob/dropout"] == pytest.approx(sb3_infos[i]["knob/dropout"], abs=1e-9)
+                if ended:
+                    ends += 1
+                    np.testing.assert_allclose(infos["final_obs"][i], seen, atol=1e-9)
+                    terminal = sb3_infos[i]["terminal_observation"]
+                    np.testing.assert_allclose(terminal, seen, atol=1e-9)
+                    assert sb3_infos[i]["TimeLimit.truncated"] is False
+                    seen = env.reset()[0]
+                np.testing.assert_allclose(now[i], seen, atol=1e-9)
+    assert ends == 2
+
+
+def test_a_returned_array_is_never_written_to_again():
+    env = toys(2)
+    returned = [env.reset(seed=1)]
+    kept = copy.deepcopy(returned)
+    for action in actions(10, 2, 2):
+        returned.append(env.step(action))
+        kept.append(copy.deepcopy(returned[-1]))
+    for left, right in zip(returned, kept, strict=True):
+        for a, b in zip(left[:-1], right[:-1], strict=True):
+            np.testing.assert_array_equal(a, b)
+        for name in left[-1]:
+            np.testing.assert_equal(left[-1][name], right[-1][name])
+
+
+def test_the_last_observation_of_an_episode_is_kept_and_the_next_one_has_begun():
+    env = toys(2)
+    env.reset(seed=1)
+    for step in range(8):
+        now, _, terminated, _, infos = env.step(np.zeros((2, 2)))
+        assert terminated.tolist() == [step == 7] * 2
+        assert ("final_obs" in infos) == (step == 7)
+    progress = env.loop.codec.names.index("signal/progress")
+    assert [final[progress] for final in infos["final_obs"]] == [1, 1]
+    assert now[:, progress].tolist() == [-1, -1]
+    assert infos["_final_obs"].tolist() == [True, True]
+
+
+def test_successive_episodes_of_a_seed_are_different_runs():
+    env = TrainingRunEnv(ToyPlant(1), ControlConfig(n_control_steps=2, random_start=1.0))
+    starts = [env.reset(seed=5)[0], env.reset()[0], env.reset(seed=5)[0]]
+    assert not np.array_equal(starts[0], starts[1])
+    np.testing.assert_array_equal(starts[0], starts[2])
+
+
+def test_the_test_split_is_never_evaluated_while_an_episode_lasts():
+    env = toys(2)
+    env.reset(seed=1)
+    for action in actions(10, 2, 2):
+        env.step(action)
+    assert set(env.loop.run.evaluated) == {"probe"}
+
+
+def test_no_info_and_no_observation_holds_the_test_loss():
+    env = single(**SHORT)
+    env.reset(seed=1)
+    assert not [name for name in env.loop.codec.names if "test" in name]
+    seen, _, _, _, info = env.step(np.zeros(4))
+    test_loss = env.loop.run.evaluate("test")[0]
+    assert not [name for name in info if "test" in name]
+    numbers = [*info.values(), *seen.tolist()]
+    assert not np.isclose(numbers, test_loss, rtol=1e-9, atol=0).any()
+    assert info["probe_loss"] == env.loop.run.evaluate("probe")[0]
+
+
+def test_a_run_that_diverges_is_terminated_and_its_neighbour_goes_on_undisturbed():
+    def trajectory(diverge_above):
+        env = toys(2, diverge_above=diverge_above)
+        env.reset(seed=3)
+        move = np.array([[1.0, 0.0], [0.0, 0.0]])
+        return env, [env.step(move) for _ in range(5)]
+
+    env, steps = trajectory(0.9)
+    _, calm = trajectory(np.inf)
+    first = next(i for i, step in enumerate(steps) if step[2][0])
+    assert not steps[first][2][1]
+    assert steps[first][4]["diverged"].tolist() == [True, False]
+    last = steps[first][4]["final_obs"][0]
+    assert env.single_observation_space.contains(last)
+    assert steps[first][1][0] < -1
+    for left, right in zip(steps, calm, strict=True):
+        assert env.observation_space.contains(left[0])
+        assert np.isfinite(left[1]).all()
+        np.testing.assert_array_equal(left[0][1], right[0][1])
+        assert left[1][1] == right[1][1]
+
+
+def test_a_transformer_that_diverges_is_terminated_inside_the_observation_space():
+    env = population(2, learning_rate=1e30)
+    env.reset(seed=0)
+    _, reward, terminated, truncated, infos = env.step(np.zeros((2, 4)))
+    assert terminated.all()
+    assert not truncated.any()
+    assert infos["diverged"].all()
+    assert (reward < -2).all()
+    for final in infos["final_obs"]:
+        assert env.single_observation_space.contains(final)
+
+
+def test_actions_that_are_no_numbers_or_out_of_range_leave_an_episode_sound():
+    env = toys(2)
+    env.reset(seed=0)
+    before = env.loop.positions.copy()
+    seen, reward, *_ = env.step(np.array([[np.nan, np.inf], [0.0, -1e9]]))
+    assert env.loop.positions[0, 0] == before[0, 0]
+    assert env.observation_space.contains(seen)
+    assert np.isfinite(reward).all()
+
+
+def test_frozen_knobs_do_not_move_and_are_observed_as_unavailable():
+    env = toys(16, freeze=0.5)
+    seen = env.reset(seed=0)[0]
+    available = np.stack(
+        [env.loop.codec.read(seen, f"knob/{name}/available") for name in ("rate", "width")], axis=1
+    )
+    assert 0.1 < available.mean() < 0.9
+    assert available.any(axis=1).all()
+    before = env.loop.positions.copy()
+    env.step(np.full((16, 2), -0.5))
+    np.testing.assert_array_equal(env.loop.positions != before, available == 1)
+
+
+def test_freezing_everything_still_leaves_every_run_one_knob():
+    env = toys(8, freeze=1.0)
+    env.reset(seed=0)
+    assert env.loop.available.sum(axis=1).tolist() == [1] * 8
+
+
+@pytest.mark.parametrize(("share", "moved"), [(0.0, 0), (1.0, 8)])
+def test_episodes_begin_at_the_defaults_unless_told_otherwise(share, moved):
+    env = toys(8, random_start=share)
+    env.reset(seed=0)
+    assert (env.loop.positions != env.loop.knobs.default_positions(8)).any(axis=1).sum() == moved
+
+
+def test_a_run_at_its_defaults_is_bit_for_bit_a_run_without_an_environment():
+    env = single()
+    env.reset(seed=3)
+    for _ in range(20):
+        env.step(np.zeros(4, dtype=np.float32))
+    episode = single().loop.draw_episode(3, 0)
+    plain = build_run(1, {"horizon": 40, "context": 16})
+    plain.reset([0], [plain.sample_task(episode.task_seed)], [episode.run_seed])
+    plain.advance(40)
+    left, right = env.loop.run.state_dict([0]), plain.state_dict([0])
+    assert left.keys() == right.keys()
+    for name in left:
+        if name == "flops":  # added up in another order
+            np.testing.assert_allclose(left[name], right[name])
+            continue
+        np.testing.assert_array_equal(left[name].numpy(), right[name].numpy(), err_msg=name)
+    assert env.loop.run.evaluate("test") == plain.evaluate("test")
+
+
+@pytest.mark.parametrize("make", [population, lambda n: toys(n, random_start=0.5, freeze=0.3)])
+def test_a_population_resumes_bit_for_bit_from_its_state(make):
+    env, n_knobs = make(2), make(2).single_action_space.shape[0]
+    moves = actions(10, 2, n_knobs)
+    env.reset(seed=5)
+    for move in moves[:4]:
+        env.step(move)
+    state = copy.deepcopy(env.state_dict())
+    other = make(2)
+    other.reset(seed=77)
+    other.step(moves[0])
+    other.load_state_dict(state)
+    for move in moves[4:]:
+        expected, found = env.step(move), other.step(move)
+        for left, right in zip(expected[:4], found[:4], strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("make", [single, lambda **options: population(2, **options)])
+def test_more_decisions_than_optimizer_steps_are_refused(make):
+    with pytest.raises(ValueError, match=r"at least n_control_steps=50 optimizer steps, got 40"):
+        make(horizon=40, n_control_steps=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_control_steps": 0}, "n_control_steps must be at least 1, got 0"),
+        ({"freeze": 1.5}, r"freeze must be in \[0, 1\], got 1.5"),
+        ({"random_start": -0.1}, r"random_start must be in \[0, 1\], got -0.1"),
+        ({"reward_scale": 0.0}, "reward scale must be above 0 nats, got 0"),
+    ],
+)
+def test_options_of_control_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gymnasium.make_vec(TOY, num_envs=2, **options)
+
+
+def test_an_unknown_split_is_refused_with_the_known_ones():
+    env = single(split="meta_tset")
+    with pytest.raises(ValueError, match="Unknown split 'meta_tset'. Known: meta_train, meta_test"):
+        env.reset(seed=0)
+
+
+def test_a_scalar_environment_needs_a_plant_of_one_run():
+    with pytest.raises(ValueError, match="n_runs=1, got 2"):
+        TrainingRunEnv(ToyPlant(2), ControlConfig())
+
+
+def test_seeds_of_a_population_can_be_given_one_by_one_and_must_be_as_many_as_runs():
+    env = toys(2)
+    together = env.reset(seed=[8, 3])[0]
+    np.testing.assert_array_equal(together[0], toys(1).reset(seed=8)[0][0])
+    np.testing.assert_array_equal(together[1], toys(1).reset(seed=3)[0][0])
+    with pytest.raises(ValueError, match="needs 2 seeds, got 3"):
+        env.reset(seed=[1, 2, 3])
+
+
+def test_a_horizon_that_the_decisions_do_not_divide_is_rounded_to_one_that_they_do():
+    loop = ControlLoop(ToyPlant(1, horizon=43), ControlConfig(n_control_steps=10))
+    assert (loop.run.horizon, loop.optimizer_steps) == (40, 4)
+
+
+def test_closing_an_environment_closes_its_plant():
+    for env in (toys(2), TrainingRunEnv(ToyPlant(1), ControlConfig(n_control_steps=4))):
+        env.close()
+        assert env.loop.run.closed

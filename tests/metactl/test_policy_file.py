@@ -1,0 +1,276 @@
+import hashlib
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save as save_tensors
+from safetensors.torch import save as save_torch_tensors
+
+from metactl import Knob, Policy, PolicyError
+from metactl.policy import PolicyCard
+
+N_SEEN = 5
+
+
+def make_policy(**changes):
+    rng = np.random.default_rng(0)
+    weights = {
+        "mean": rng.normal(size=N_SEEN),
+        "std": rng.uniform(0.5, 2, N_SEEN),
+        "weight_0": rng.normal(size=(4, N_SEEN)),
+        "bias_0": rng.normal(size=4),
+        "weight_1": rng.normal(size=(2, 4)),
+        "bias_1": rng.normal(size=2),
+    }
+    card = PolicyCard(
+        format_version=1,
+        metactl_version="0.1.0",
+        knobs=(
+            Knob(name="a", low=0, high=1, default=0.5),
+            Knob(name="w", low=1, high=4, default=4, scale="levels", levels=(1, 2, 4)),
+        ),
+        observations=tuple(f"signal/{i}" for i in range(N_SEEN)),
+        hidden=(4,),
+        n_control_steps=40,
+        training={"seed": 3},
+    )
+    return Policy(card, {**weights, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_policy().save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def edit_card(folder, **changes):
+    path = folder / "policy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def reseal(folder, blob):
+    """Weights and a card that agree on the checksum, as an attacker would write them."""
+    (folder / "weights.safetensors").write_bytes(blob)
+    edit_card(folder, weights_sha256=hashlib.sha256(blob).hexdigest())
+
+
+def refused(folder, *words, file=None):
+    """Loading fails with a `PolicyError` that names the policy and holds `words`."""
+    with pytest.raises(PolicyError) as caught:
+        Policy.load(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    for word in (*words, *([file] if file else [])):
+        assert word in message
+    return message
+
+
+def test_a_policy_decides_the_same_after_a_round_trip(folder):
+    seen = np.random.default_rng(1).normal(0, 2, (20, N_SEEN))
+    loaded, policy = Policy.load(folder), make_policy()
+    np.testing.assert_array_equal(loaded.act(seen), policy.act(seen))
+    assert np.ptp(policy.act(seen)) > 0.1
+    assert loaded.card.knobs == policy.card.knobs
+    assert loaded.card.training == {"seed": 3}
+
+
+def test_a_policy_is_its_normaliser_and_a_tanh_network():
+    policy, seen = make_policy(), np.random.default_rng(1).normal(0, 2, (3, N_SEEN))
+    w = policy.weights
+    hidden = np.tanh(((seen - w["mean"]) / w["std"]) @ w["weight_0"].T + w["bias_0"])
+    expected = np.clip(hidden @ w["weight_1"].T + w["bias_1"], -1, 1)
+    np.testing.assert_allclose(policy.act(seen), expected)
+
+
+def test_saving_again_replaces_a_policy_and_leaves_no_other_files(folder):
+    make_policy(bias_1=np.array([7.0, 7.0])).save(folder)
+    assert Policy.load(folder).weights["bias_1"].tolist() == [7, 7]
+    assert sorted(p.name for p in folder.iterdir()) == ["policy.json", "weights.safetensors"]
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "No such file", file="policy.json")
+
+
+@pytest.mark.parametrize("name", ["policy.json", "weights.safetensors"])
+def test_a_missing_file_is_refused_by_name(folder, name):
+    (folder / name).unlink()
+    refused(folder, "No such file", file=name)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 8, 100, -1])
+def test_truncated_weights_are_refused(folder, keep):
+    path = folder / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "damaged", file="weights.safetensors")
+
+
+@pytest.mark.parametrize("place", [0.0, 0.01, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_one_flipped_bit_anywhere_in_the_weights_is_refused(folder, place, bit):
+    path = folder / "weights.safetensors"
+    blob = bytearray(path.read_bytes())
+    blob[round(place * (len(blob) - 1))] ^= 1 << bit
+    path.write_bytes(blob)
+    refused(folder, "damaged", file="weights.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 50, -3])
+def test_a_truncated_card_is_refused(folder, keep):
+    path = folder / "policy.json"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "not JSON", file="policy.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hello", "{'a': 1}", "\xff\xfe", "[" * 100_000, "{", "weights: 1"]
+)
+def test_a_card_that_is_not_json_is_refused(folder, text):
+    (folder / "policy.json").write_bytes(text.encode("latin-1"))
+    refused(folder, "not JSON", file="policy.json")
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have_are_refused(folder, constant):
+    path = folder / "policy.json"
+    path.write_text(path.read_text().replace('"seed": 3', f'"seed": {constant}'))
+    refused(folder, f"{constant} is not allowed", file="policy.json")
+
+
+def test_a_number_that_overflows_is_refused(folder):
+    path = folder / "policy.json"
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 1e999'))
+    refused(folder, file="policy.json")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+def test_another_version_is_refused_with_both_versions(folder, version):
+    edit_card(folder, format_version=version)
+    refused(folder, f"format_version {version!r}", "reads 1", file="policy.json")
+
+
+@pytest.mark.parametrize("card", [[], 3, "policy", None])
+def test_json_that_is_no_card_is_refused(folder, card):
+    (folder / "policy.json").write_text(json.dumps(card))
+    refused(folder, file="policy.json")
+
+
+def test_an_extra_key_is_refused_by_name(folder):
+    edit_card(folder, on_load="run me")
+    refused(folder, "on_load", file="policy.json")
+
+
+def test_an_extra_key_of_a_knob_is_refused_by_name(folder):
+    knobs = json.loads((folder / "policy.json").read_text())["knobs"]
+    edit_card(folder, knobs=[{**knobs[0], "on_load": "run me"}, knobs[1]])
+    refused(folder, "on_load", file="policy.json")
+
+
+def test_a_knob_that_makes_no_sense_is_refused(folder):
+    knobs = json.loads((folder / "policy.json").read_text())["knobs"]
+    edit_card(folder, knobs=[{**knobs[0], "low": 9.0}, knobs[1]])
+    refused(folder, "low=9.0", file="policy.json")
+
+
+@pytest.mark.parametrize("key", ["knobs", "observations", "hidden", "n_control_steps"])
+def test_a_card_without_a_key_is_refused_by_name(folder, key):
+    path = folder / "policy.json"
+    card = json.loads(path.read_text())
+    del card[key]
+    path.write_text(json.dumps(card))
+    refused(folder, key, file="policy.json")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_weights_are_refused_by_name(folder, bad):
+    weights = {**make_policy().weights, "bias_0": np.array([0, 0, bad, 0])}
+    reseal(folder, save_tensors(weights))
+    refused(folder, "'bias_0' has non-finite values")
+    with pytest.raises(PolicyError, match="'bias_0' has non-finite values"):
+        make_policy(bias_0=weights["bias_0"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_0": np.zeros((4, N_SEEN + 1))},
+        {"mean": np.zeros(1)},
+        {"bias_1": np.zeros((2, 1))},
+        {"weight_2": np.zeros((2, 2))},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_weights_of_other_shapes_are_refused(folder, change):
+    reseal(folder, save_tensors({**make_policy().weights, **change}))
+    refused(folder, "must have shapes", str(next(iter(change.values())).shape))
+
+
+def test_missing_weights_are_refused(folder):
+    weights = make_policy().weights
+    del weights["bias_1"]
+    reseal(folder, save_tensors(weights))
+    refused(folder, "must have shapes")
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0])
+def test_a_normaliser_that_cannot_divide_is_refused(std):
+    with pytest.raises(PolicyError, match="std"):
+        make_policy(std=np.full(N_SEEN, std))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.float8_e4m3fn])
+def test_weights_of_another_type_are_read_or_refused(folder, dtype):
+    weights = {k: torch.ones(v.shape).to(dtype) for k, v in make_policy().weights.items()}
+    reseal(folder, save_torch_tensors(weights))
+    try:
+        loaded = Policy.load(folder)
+    except PolicyError as error:
+        assert str(folder) in str(error)
+    else:
+        assert loaded.weights["mean"].tolist() == [1.0] * N_SEEN
+
+
+class Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with its checksum"])
+def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(folder, tmp_path, sealed):
+    marker = tmp_path / "ran"
+    blob = pickle.dumps(Trap(marker))
+    pickle.loads(blob).close()
+    assert marker.exists()  # the trap works
+    marker.unlink()
+    (folder / "weights.safetensors").write_bytes(blob)
+    if sealed:
+        reseal(folder, blob)
+    refused(folder, "unreadable weights" if sealed else "damaged")
+    assert not marker.exists()
+
+
+def test_a_pickle_in_place_of_the_card_is_refused_and_not_run(folder, tmp_path):
+    marker = tmp_path / "ran"
+    (folder / "policy.json").write_bytes(pickle.dumps(Trap(marker)))
+    refused(folder, "not JSON", file="policy.json")
+    assert not marker.exists()
+
+
+def test_a_file_too_large_to_be_a_policy_is_refused(folder):
+    with (folder / "weights.safetensors").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    refused(folder, "larger than 64 MiB", file="weights.safetensors")
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "policy").write_text("{}")
+    message = refused(tmp_path / "policy", file="policy.json")
+    assert re.search("Not a directory", message)
