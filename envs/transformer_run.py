@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
 from envs.tasks import TextFamily, TextTask, load_corpus
 from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
+from metactl.config import parse
 from metactl.knobs import Knob
 from metactl.run import FloatArray, Measurement, TrainingRun
 from models import (
@@ -82,6 +83,13 @@ class RunConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        self.transformer()  # refuses shapes that do not fit together
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be a torch device, got {self.device!r}") from error
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} is not available: torch finds no GPU")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
 
@@ -102,7 +110,8 @@ class RunConfig:
 
 def build_run(n_runs: int, options: Mapping[str, Any]) -> "AdaptiveTransformerRun":
     """A run from options as YAML or keyword arguments give them."""
-    return AdaptiveTransformerRun(TypeAdapter(RunConfig).validate_python(dict(options)), n_runs)
+    config = parse(RunConfig, options, "AdaptiveTransformer-v0")
+    return AdaptiveTransformerRun(config, n_runs)
 
 
 class AdaptiveTransformerRun(TrainingRun):

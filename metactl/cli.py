@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
-
-if TYPE_CHECKING:
-    from metactl.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,21 +155,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(error: Exception) -> int:
-    from pydantic import ValidationError
-
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        text = f"{where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
-    else:
-        text = str(error)
-    print(f"metactl: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"metactl: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
 def _train(command: Train) -> int:
+    import torch
+
     from metactl.config import TrainConfig, dump, find_config, parse_assignment, read_config
-    from metactl.rundir import open_run_directory, resolve_data
+    from metactl.progress import bar
+    from metactl.rundir import discard_if_refused, open_run_directory, resolve_data
+    from metactl.train import train
 
     changes: dict[str, Any] = dict(parse_assignment(text) for text in command.set)
     flags = {
@@ -188,7 +181,9 @@ def _train(command: Train) -> int:
     options = resolve_data(config.environment.options)
     config = read_config(TrainConfig, path, {**changes, "environment.options": options})
     run_dir = open_run_directory(command.run_dir, "train", dump(config), resume=command.resume)
-    _train_policy(config, run_dir, command.resume)
+    torch.set_num_threads(1)
+    with discard_if_refused(run_dir), bar("Training the controller") as progress:
+        train(config, run_dir, resume=command.resume, progress=progress)
     print(f"Policy: {run_dir / 'policy'}")
     _print_next(
         f"metactl evaluate --policy {run_dir / 'policy'}",
@@ -198,17 +193,6 @@ def _train(command: Train) -> int:
     return 0
 
 
-def _train_policy(config: Any, run_dir: Path, resume: bool = False) -> "Policy":
-    import torch
-
-    from metactl.progress import bar
-    from metactl.train import train
-
-    torch.set_num_threads(1)
-    with bar("Training the controller") as progress:
-        return train(config, run_dir, resume=resume, progress=progress)
-
-
 def _apply(command: Apply) -> int:
     from metactl.apply import apply_policy
     from metactl.config import ConfigError
@@ -216,7 +200,7 @@ def _apply(command: Apply) -> int:
     from metactl.policy import Policy
     from metactl.progress import bar, console
     from metactl.report import draw_runs, paired_table
-    from metactl.rundir import open_run_directory, write_json
+    from metactl.rundir import discard_if_refused, open_run_directory, write_json
 
     policy = Policy.load(command.policy)
     if command.n_runs < 1:
@@ -235,7 +219,7 @@ def _apply(command: Apply) -> int:
         "compare": command.compare,
     }
     run_dir = open_run_directory(command.run_dir, "apply", record)
-    with bar("New runs under the policy") as progress:
+    with discard_if_refused(run_dir), bar("New runs under the policy") as progress:
         done = apply_policy(
             policy,
             env_id,

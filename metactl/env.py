@@ -12,9 +12,10 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
+from metactl.config import parse
 from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.run import Measurement, TrainingRun
@@ -52,7 +53,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], ControlCo
     names = {field.name for field in fields(ControlConfig)}
     control = {key: value for key, value in options.items() if key in names}
     rest = {key: value for key, value in options.items() if key not in names}
-    return rest, TypeAdapter(ControlConfig).validate_python(control)
+    return rest, parse(ControlConfig, control, "the environment")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,12 @@
 """The run directory: where a command keeps its results, and what protects them."""
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,18 @@ def open_run_directory(
             f"Run directory {str(path)!r} cannot be written: {error.strerror or error}"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def discard_if_refused(run_dir: Path) -> Iterator[None]:
+    """Takes a new run directory back when the run is refused before it kept anything."""
+    try:
+        yield
+    except (ValueError, ImportError):
+        kept = {path.name for path in run_dir.iterdir()} - {"config.yaml", "tb"}
+        if not kept:
+            shutil.rmtree(run_dir)
+        raise
 
 
 def _record(kind: str, config: Mapping[str, Any]) -> str:

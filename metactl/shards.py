@@ -117,8 +117,10 @@ def _serve(connection: Connection, env_id: str, n_envs: int, options: Mapping[st
                 return
     except EOFError:
         return  # the parent is gone
-    except (ValueError, ImportError) as error:
-        connection.send(("refused", (type(error), str(error))))
+    except ImportError as error:
+        connection.send(("not found", str(error)))
+    except ValueError as error:
+        connection.send(("refused", str(error)))
     except Exception:
         connection.send(("failed", traceback.format_exc()))
 
@@ -151,8 +153,9 @@ class _Worker:
                 f"was it killed, or out of memory?"
             ) from None
         if status == "refused":
-            kind, message = answer
-            raise kind(message)
+            raise ValueError(answer)
+        if status == "not found":
+            raise ImportError(answer)
         if status == "failed":
             raise ShardError(f"A worker process failed:\n{answer}")
         return answer

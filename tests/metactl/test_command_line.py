@@ -1,0 +1,250 @@
+"""Every command end to end at toy size, and every refusal: one line, exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from metactl import cli
+from metactl.policy import Policy
+
+SMALL_RUNS = (
+    "environment.options.horizon=20",
+    "environment.options.n_control_steps=5",
+    "environment.options.context=16",
+    "environment.options.d_model=16",
+)
+SMALL_PPO = ("ppo.n_steps=5", "ppo.batch_size=20", "ppo.hidden=[8]")
+TEXT = b"the quick brown fox jumps over the lazy dog; " * 200
+
+
+def metactl(*arguments: object) -> int:
+    """Runs a command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def train_arguments(run_dir: Path, *more: object) -> tuple[object, ...]:
+    sets = [part for text in (*SMALL_RUNS, *SMALL_PPO) for part in ("--set", text)]
+    small = ("--n-envs", 4, "--n-workers", 0, "--total-timesteps", 40)
+    return ("train", "--run-dir", run_dir, *small, *sets, *more)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("cli") / "run"
+    assert metactl(*train_arguments(run_dir)) == 0
+    return run_dir
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert metactl(*arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("metactl: error: ")
+    return lines[0]
+
+
+def test_train_writes_a_policy_and_says_what_made_it(trained: Path) -> None:
+    policy = Policy.load(trained / "policy")
+    assert {knob.name for knob in policy.card.knobs} == {
+        "rope_base",
+        "attention_span",
+        "embedding_width",
+        "dropout",
+    }
+    record = (trained / "config.yaml").read_text()
+    assert "command:" in record and "torch:" in record and "total_timesteps: 40" in record
+    assert list((trained / "tb").glob("events.*"))
+
+
+def test_apply_twice_gives_identical_losses_and_saves_the_model(
+    trained: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        code = metactl(
+            "apply", "--policy", trained / "policy", "--run-dir", tmp_path / name, "--compare"
+        )
+        assert code == 0
+    first, second = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "ab")
+    assert first["arms"] == second["arms"]
+    assert set(first["arms"]) == {"policy", "default"}
+    assert (tmp_path / "a" / "runs.png").stat().st_size > 5_000
+    weights = load_file(tmp_path / "a" / "model-0" / "model.safetensors")
+    assert all(np.isfinite(value).all() for value in weights.values())
+    shape = json.loads((tmp_path / "a" / "model-0" / "config.json").read_text())
+    assert shape["d_model"] == 16
+
+
+def test_apply_takes_other_text_and_another_size(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "fox.txt"
+    text.write_bytes(TEXT)
+    arguments = ("--d-model", 24, "--n-heads", 4, "--n-layers", 1, "--optimizer-steps", 30)
+    code = metactl(
+        "apply",
+        "--policy",
+        trained / "policy",
+        "--data",
+        text,
+        "--run-dir",
+        tmp_path / "run",
+        *arguments,
+    )
+    assert code == 0
+    shape = json.loads((tmp_path / "run" / "model-0" / "config.json").read_text())
+    assert (shape["d_model"], shape["n_layers"]) == (24, 1)
+
+
+def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path) -> None:
+    report, figure = tmp_path / "new" / "report.json", tmp_path / "runs.png"
+    small = ("--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
+    code = metactl(
+        "evaluate", "--policy", trained / "policy", "--json", report, "--figure", figure, *small
+    )
+    assert code == 0
+    summary = json.loads(report.read_text())
+    arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
+    assert set(summary["arms"]) == arms
+    for arm in arms - {"policy"}:
+        interval = summary["policy_minus"][arm]["final_test"]
+        assert interval["low"] <= interval["estimate"] <= interval["high"]
+        assert len(summary["arms"][arm]["final_test_per_task"]) == 3
+    assert summary["arms"]["default"]["flops"] > 0
+    assert figure.stat().st_size > 5_000
+
+
+def test_refusals_are_one_line_that_names_the_thing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, policy = tmp_path / "new", trained / "policy"
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_bytes(b"abc")
+    (tmp_path / "no_text").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+
+    def train(*more: object) -> str:
+        return refused(capsys, *train_arguments(new, *more))
+
+    assert "'/nowhere' does not exist" in train("--data", "/nowhere")
+    assert "empty" in train("--data", tmp_path / "empty.txt")
+    assert "too short" in train("--data", tmp_path / "short.txt")
+    assert "no text" in train("--data", tmp_path / "no_text")
+    assert "Did you mean 'learning_rate'?" in train("--set", "ppo.learning_rat=1e-3")
+    assert "Did you mean 'horizon'?" in train("--set", "environment.options.horizonn=9")
+    assert "n_envs" in train("--n-envs", 0)
+    assert "--set takes KEY=VALUE" in train("--set", "seed")
+    assert "neither a file nor a recipe" in train("--config", "trian")
+    assert not new.exists(), "a refused command leaves nothing behind"
+    assert "already holds a run" in refused(capsys, *train_arguments(trained))
+    assert "not empty" in refused(capsys, *train_arguments(tmp_path / "foreign"))
+    assert "no run to resume" in refused(capsys, *train_arguments(new, "--resume"))
+    other = (*train_arguments(trained, "--resume"), "--seed", 7)
+    assert "seed differ" in refused(capsys, *other)
+    assert "policy.json" in refused(capsys, "apply", "--policy", tmp_path, "--run-dir", new)
+    apply = ("apply", "--policy", policy, "--run-dir", new)
+    assert "n_heads=3" in refused(capsys, *apply, "--n-heads", 3)
+    assert "at least n_control_steps" in refused(capsys, *apply, "--optimizer-steps", 2)
+    assert "--n-runs" in refused(capsys, *apply, "--n-runs", 0)
+    assert "device" in refused(capsys, *apply, "--device", "warp")
+    assert "--n-tasks" in refused(capsys, "evaluate", "--policy", policy, "--n-tasks", 1)
+    assert not new.exists()
+    assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years of work"
+
+
+def test_check_finds_nothing_wrong_with_our_environment(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert metactl("check", "envs:AdaptiveTransformer-v0") == 0
+    assert "0 problems" in capsys.readouterr().out
+
+
+FAULTY_RUN = '''
+import numpy as np
+from metactl import Knob, Measurement, TrainingRun
+
+class Forgetful(TrainingRun):
+    """Ignores its seed, cannot be restored, and one of its knobs does nothing."""
+    n_runs, horizon = 2, 40
+    knobs = (Knob(name="rate", low=0.0, high=1.0, default=0.5),
+             Knob(name="decoration", low=0.0, high=1.0, default=0.5))
+    def reset(self, rows, tasks, seeds):
+        self.loss = np.full(2, 3.0)
+    def apply(self, values):
+        self.rate = values["rate"]
+    def advance(self, n_steps):
+        self.loss = self.loss * (1 - 0.1 * self.rate)
+        return Measurement(train_loss=self.loss.copy(), diverged=np.zeros(2, dtype=bool))
+    def evaluate(self, split, rows=None):
+        return self.loss.copy()[slice(None) if rows is None else list(rows)]
+    def state_dict(self, rows):
+        return {}
+    def load_state_dict(self, rows, state):
+        pass
+'''
+
+
+def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_faulty_run.py").write_text(FAULTY_RUN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert metactl("check", "my_faulty_run:Forgetful") == 1
+    out = capsys.readouterr().out
+    assert "the seed has no effect" in out
+    assert "no effect: decoration" in out
+    assert "restored to" in out
+    assert "4 problems" in out  # resetting one run also resets its neighbour
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    script = (
+        "import sys, metactl.cli; "
+        "print([m for m in ('torch', 'stable_baselines3', 'ray', 'gymnasium') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_commands_work_beside_foreign_folders_called_models_and_envs(tmp_path: Path) -> None:
+    for name in ("models", "envs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('foreign')")
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    for start in (["-m", "metactl"], ["-c", "from metactl.cli import main; main()"]):
+        if start[0] == "-c":  # as the console script: the working directory is not on the path
+            start = ["-P", *start]
+        done = subprocess.run(
+            [sys.executable, *start, "check", "envs:AdaptiveTransformer-v0"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "0 problems" in done.stdout
+
+
+def test_a_foreign_package_called_envs_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "__init__.py").touch()
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from metactl.cli import main\nmain(['check', 'envs:AdaptiveTransformer-v0'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "metactl needs its own package 'envs'" in done.stderr
+    assert str(tmp_path / "envs") in done.stderr and "Rename" in done.stderr

@@ -1,0 +1,120 @@
+import sys
+from importlib.metadata import version
+
+import pytest
+import yaml
+
+from metactl.config import ConfigError, TrainConfig, dump
+from metactl.rundir import RunDirectoryError, differences, open_run_directory, resolve_data
+
+CONFIG = {"seed": 1, "ppo": {"gamma": 1.0, "hidden": [64, 64]}}
+
+
+def test_a_new_directory_holds_the_command_the_versions_and_the_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/metactl", "train", "--name", "two words"])
+    path = open_run_directory(tmp_path / "deep" / "run", "train", CONFIG)
+    assert path == tmp_path / "deep" / "run"
+    record = yaml.safe_load((path / "config.yaml").read_text())
+    assert record["command"] == "metactl train --name 'two words'"
+    assert record["kind"] == "train"
+    assert record["config"] == CONFIG
+    assert record["versions"]["torch"] == version("torch")
+    assert record["versions"]["python"] == sys.version.split()[0]
+    assert {"metactl", "numpy", "gymnasium", "stable-baselines3"} <= record["versions"].keys()
+
+
+def test_an_empty_directory_can_be_used(tmp_path):
+    assert open_run_directory(tmp_path, "train", CONFIG) == tmp_path
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
+    open_run_directory(tmp_path, "train", CONFIG)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(RunDirectoryError, match=r"already holds a run; .*--resume") as caught:
+        open_run_directory(tmp_path, "train", {"seed": 2})
+    assert str(tmp_path) in str(caught.value)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_foreign_directory_with_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="exists and is not empty"):
+        open_run_directory(tmp_path, "train", CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="run"):
+        open_run_directory(tmp_path / "run", "train", CONFIG)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p], ids=["missing", "empty"])
+def test_there_must_be_a_run_to_resume(tmp_path, make):
+    with pytest.raises(RunDirectoryError, match="holds no run to resume"):
+        open_run_directory(make(tmp_path), "train", CONFIG, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_run_can_be_resumed(tmp_path):
+    config = dump(TrainConfig())
+    open_run_directory(tmp_path, "train", config)
+    assert open_run_directory(tmp_path, "train", config, resume=True) == tmp_path
+
+
+def test_resuming_with_another_config_names_the_keys_that_differ(tmp_path):
+    open_run_directory(tmp_path, "train", CONFIG)
+    other = {"seed": 1, "ppo": {"gamma": 0.9, "hidden": [64]}, "extra": True}
+    with pytest.raises(RunDirectoryError, match=r": extra, ppo\.gamma, ppo\.hidden differ"):
+        open_run_directory(tmp_path, "train", other, resume=True)
+
+
+def test_resuming_another_command_names_both(tmp_path):
+    open_run_directory(tmp_path, "evaluate", CONFIG)
+    with pytest.raises(RunDirectoryError, match="holds a evaluate run, not train"):
+        open_run_directory(tmp_path, "train", CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "kind: train", "\0"])
+def test_a_damaged_record_cannot_be_resumed(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml' is damaged"):
+        open_run_directory(tmp_path, "train", CONFIG, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be written: Not a directory"):
+        open_run_directory(tmp_path / "file" / "run", "train", CONFIG)
+
+
+def test_a_name_that_the_file_system_refuses_is_refused(tmp_path):
+    with pytest.raises(RunDirectoryError, match="cannot be written: File name too long"):
+        open_run_directory(tmp_path / ("x" * 300), "train", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ({"a": 1}, {"a": 1}, []),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, ["a.c"]),
+        ({"a": 1}, {"b": 1}, ["a", "b"]),
+        ({"a": {"b": 1}}, {"a": 1}, ["a"]),
+    ],
+)
+def test_differences_are_dotted_keys(left, right, expected):
+    assert differences(left, right) == expected
+
+
+def test_a_data_path_becomes_absolute_and_must_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("x")
+    assert resolve_data({"data": "text", "context": 16}) == {
+        "data": str(tmp_path / "text"),
+        "context": 16,
+    }
+    assert resolve_data({"context": 16}) == {"context": 16}
+    with pytest.raises(ConfigError, match="Data 'nowhere' does not exist"):
+        resolve_data({"data": "nowhere"})
