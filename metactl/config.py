@@ -58,6 +58,8 @@ class PPOConfig:
         ent_coef: Weight of the entropy bonus.
         log_std_init: Log deviation of the actions at the start.
         hidden: Units of the hidden layers.
+        use_sde: Explore by smooth, state-dependent noise that lasts for a whole rollout (gSDE,
+            arXiv 2005.05719) instead of independent noise in every control step.
         paired_runs: Runs that share their episodes and are rewarded relative to each other.
     """
 
@@ -72,6 +74,7 @@ class PPOConfig:
     ent_coef: float = 0.0
     log_std_init: float = -0.5
     hidden: tuple[int, ...] = (64, 64)
+    use_sde: bool = True
     paired_runs: int = 4
 
     def __post_init__(self) -> None:

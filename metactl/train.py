@@ -26,6 +26,7 @@ from metactl.vec_env import ShardVecEnv
 logger = logging.getLogger(__name__)
 
 
+_SDE = ("exploration_mat", "exploration_matrices")  # gSDE's noise, drawn once per rollout
 _CALIBRATION_SEED = 1 << 30  # far from the seeds of training
 
 
@@ -78,11 +79,13 @@ def train(
     with build_shards(config) as shards:
         env = ShardVecEnv(shards, config.ppo.paired_runs)
         model = _build_ppo(config, env)
+        tensors: dict[str, Tensor] | None = None
         if resume:
             state = load_newest_checkpoint(run_dir / "checkpoints")
             if state is None:
                 raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
-            scale = _restore(model, shards, *state)
+            tensors, scalars = state
+            scale = _restore(model, shards, tensors, scalars)
         else:
             scale = _calibrate(model, env)
             env.seed(config.seed)
@@ -91,7 +94,7 @@ def train(
         shards.call_all("set_reward_scale", scale)
         with Board(run_dir / "tb", purge_step=model.num_timesteps) as board:
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
-            keeper = _Keeper(config, run_dir, shards, scale, progress)
+            keeper = _Keeper(config, run_dir, shards, scale, progress, tensors)
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
@@ -113,6 +116,7 @@ def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
         gae_lambda=ppo.gae_lambda,
         clip_range=ppo.clip_range,
         ent_coef=ppo.ent_coef,
+        use_sde=ppo.use_sde,
         policy_kwargs={
             "net_arch": list(ppo.hidden),
             "activation_fn": nn.Tanh,
@@ -161,8 +165,10 @@ class _Keeper(BaseCallback):
         shards: ShardRow,
         scale: float,
         progress: Progress | None,
+        resumed: dict[str, Tensor] | None,
     ) -> None:
         super().__init__()
+        self._resumed = resumed
         self.config, self.run_dir, self.shards = config, run_dir, shards
         self.scale, self.progress = scale, progress
         self._updates = 0
@@ -175,6 +181,9 @@ class _Keeper(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, PPO)
+        if self._resumed is not None:
+            _restore_exploration(self.model, self._resumed)
+            self._resumed = None
         if self._updates % self.config.checkpoint_every == 0:
             tensors, scalars = _snapshot(self.model, self.shards, self.scale)
             folder = self.run_dir / "checkpoints"
@@ -244,6 +253,8 @@ def _snapshot(
         "rng/numpy": torch.from_numpy(keys.astype(np.int64)),
         "rng/python": torch.tensor(python_state),
     }
+    if model.use_sde:
+        tensors |= {f"exploration/{name}": getattr(model.policy.action_dist, name) for name in _SDE}
     scalars = {
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
@@ -286,12 +297,19 @@ def _restore(
     model._n_updates = scalars["n_updates"]
     model._last_obs = tensors["last_obs"].numpy().copy()
     model._last_episode_starts = tensors["last_episode_starts"].numpy().copy()
-    torch.set_rng_state(tensors["rng/torch"])
     keys = tensors["rng/numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *scalars["numpy"]))
     version, gauss = scalars["python"]
     random.setstate((version, tuple(tensors["rng/python"].tolist()), gauss))
     return float(scalars["reward_scale"])
+
+
+def _restore_exploration(model: PPO, tensors: dict[str, Tensor]) -> None:
+    """Undoes what Stable-Baselines3 draws before the first rollout of a resumed training."""
+    if model.use_sde:
+        for name in _SDE:
+            setattr(model.policy.action_dist, name, tensors[f"exploration/{name}"])
+    torch.set_rng_state(tensors["rng/torch"])
 
 
 def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) -> Policy:

@@ -59,7 +59,9 @@ def policy(knobs=(A, B), observations=CODEC.names, hidden=(8,), seed=0, scale=0.
 
 def played(controllers, n_rows=None, config=None):
     """Whole toy runs, row i with episode i."""
-    loop = ControlLoop(ToyPlant(n_rows or len(controllers)), config or ControlConfig(n_control_steps=N))
+    loop = ControlLoop(
+        ToyPlant(n_rows or len(controllers)), config or ControlConfig(n_control_steps=N)
+    )
     trials = [
         Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=controller)
         for i, controller in enumerate(controllers)

@@ -89,7 +89,10 @@ def test_action_zero_moves_nothing(scale, position):
 
 
 @given(
-    low=st.floats(1e-3, 0.4), high=st.floats(0.5, 0.999), share=positions, scale=st.sampled_from(CONTINUOUS)
+    low=st.floats(1e-3, 0.4),
+    high=st.floats(0.5, 0.999),
+    share=positions,
+    scale=st.sampled_from(CONTINUOUS),
 )
 @SETTINGS
 def test_an_untouched_knob_has_exactly_its_default(low, high, share, scale):

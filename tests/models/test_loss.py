@@ -9,9 +9,9 @@ from models import cross_entropy
 
 def draw(replicas=3, batch=2, seq=5, vocab=11, dtype=torch.float64, scale=3.0):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(
-        replicas, batch, seq, vocab, generator=generator, dtype=torch.float64
-    ).mul(scale)
+    logits = torch.randn(replicas, batch, seq, vocab, generator=generator, dtype=torch.float64).mul(
+        scale
+    )
     targets = torch.randint(0, vocab, (replicas, batch, seq), generator=generator)
     return logits.to(dtype).requires_grad_(), targets
 

@@ -76,6 +76,8 @@ def test_to_dict_rebuilds_an_equal_shape(heads, half_head, layers, feed_forward,
     assert TransformerConfig(**config.to_dict()) == config
 
 
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(models.__path__, "models.")])
+@pytest.mark.parametrize(
+    "name", [m.name for m in pkgutil.walk_packages(models.__path__, "models.")]
+)
 def test_the_examples_in_the_docstrings_are_true(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
