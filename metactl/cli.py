@@ -79,6 +79,8 @@ class Evaluate:
     """Folder of a trained policy, such as RUN_DIR/policy."""
     json: Path | None = None
     """Write the report here as JSON."""
+    update_card: bool = False
+    """Also write the figures into the policy's own card."""
     figure: Path | None = None
     """Draw losses and knobs of some tasks here, as PNG."""
     data: Path | None = None
@@ -243,7 +245,7 @@ def _apply(command: Apply) -> int:
 def _evaluate(command: Evaluate) -> int:
     from metactl.config import ConfigError
     from metactl.deployment import deployment
-    from metactl.evaluate import evaluate
+    from metactl.evaluate import evaluate, headline
     from metactl.policy import Policy
     from metactl.progress import bar, console
     from metactl.report import draw_runs, gap_sentence, paired_table
@@ -277,6 +279,8 @@ def _evaluate(command: Evaluate) -> int:
     say(gap_sentence(evaluation.summary))
     if command.json is not None:
         write_json(command.json, evaluation.summary)
+    if command.update_card:
+        policy.with_evaluation(headline(evaluation.summary)).save(command.policy)
     if command.figure is not None:
         draw_runs(command.figure, _drawn(evaluation.results), "Held-out runs")
     return 0

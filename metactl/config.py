@@ -56,7 +56,7 @@ class PPOConfig:
         gae_lambda: Trace of the advantage estimate.
         clip_range: Of the probability ratio.
         ent_coef: Weight of the entropy bonus.
-        log_std_init: Log deviation of the actions at the start.
+        log_std_init: Log deviation of the exploration at the start (with gSDE: of its weights).
         hidden: Units of the hidden layers.
         use_sde: Explore by smooth, state-dependent noise that lasts for a whole rollout (gSDE,
             arXiv 2005.05719) instead of independent noise in every control step.
@@ -66,13 +66,13 @@ class PPOConfig:
     total_timesteps: int = 50_000
     n_steps: int = 40
     batch_size: int = 256
-    n_epochs: int = 8
-    learning_rate: float = 1e-3
+    n_epochs: int = 10
+    learning_rate: float = 2e-3
     gamma: float = 1.0
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.97
     clip_range: float = 0.2
     ent_coef: float = 0.0
-    log_std_init: float = -0.5
+    log_std_init: float = -1.8
     hidden: tuple[int, ...] = (64, 64)
     use_sde: bool = True
     paired_runs: int = 4

@@ -11,7 +11,15 @@ import torch
 from metactl.config import TrainConfig, dump
 from metactl.controllers import Static
 from metactl.deployment import deployment
-from metactl.evaluate import Arm, Evaluation, evaluate, play_arms, policy_arm, summarise
+from metactl.evaluate import (
+    Arm,
+    Evaluation,
+    evaluate,
+    headline,
+    play_arms,
+    policy_arm,
+    summarise,
+)
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress, bar, console
@@ -70,6 +78,7 @@ def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
     say("3/3  New runs of a larger model, beside the default setting.")
     with bar("Paired larger runs") as progress:
         larger = _larger(policy, plan, progress)
+    policy.with_evaluation(headline(held_out.summary)).save(run_dir / "policy")
     arms = {name: held_out.results[name] for name in ("default", "best static", "policy")}
     draw_runs(run_dir / "demo.png", arms, "Held-out runs: default, best static, policy")
     write_json(

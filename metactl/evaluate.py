@@ -220,3 +220,12 @@ def summarise(
         finite = {k: v if np.isfinite(v) else None for k, v in asdict(closed).items()}
         summary["gap_closed"] = finite
     return summary
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation that belong on a policy's card: no lists."""
+    arms = {
+        arm: {name: value for name, value in figures.items() if name != "final_test_per_task"}
+        for arm, figures in summary["arms"].items()
+    }
+    return {**summary, "arms": arms}

@@ -7,7 +7,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 
 import hashlib
 import json
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Policy:
             if i < self._n_layers - 1:
                 x = np.tanh(x)
         return np.clip(x, -1.0, 1.0)
+
+    def with_evaluation(self, figures: dict[str, Any]) -> "Policy":
+        """The same policy with figures on its card."""
+        return Policy(replace(self.card, evaluation=figures), self.weights)
 
     def save(self, folder: str | Path) -> None:
         """Writes the policy into a folder, each file atomically, the card last."""

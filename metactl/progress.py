@@ -1,6 +1,7 @@
 """Progress bars with time left."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -22,7 +23,12 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Progress]:
-    """Shows a bar while the block runs; yields what to tell about progress."""
+    """Shows a bar while the block runs (lines, where there is no terminal); yields what to tell
+    about progress.
+    """
+    if not console().is_terminal:
+        yield _Lines(title)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -39,3 +45,18 @@ def bar(title: str) -> Iterator[Progress]:
             bars.update(task, completed=done, total=total, status=status)
 
         yield update
+
+
+class _Lines:
+    """Progress as a line every tenth of the way."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.started, self.next_tenth = title, time.monotonic(), 0
+
+    def __call__(self, done: int, total: int, status: str) -> None:
+        if 10 * done < self.next_tenth * total:
+            return
+        self.next_tenth = 10 * done // total + 1
+        elapsed = time.monotonic() - self.started
+        left = f", about {elapsed * (total - done) / done:.0f} s left" if done else ""
+        console().print(f"{self.title}: {100 * done // total} % in {elapsed:.0f} s{left} {status}")

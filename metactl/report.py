@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from metactl.rollout import TrialResult
@@ -12,9 +13,9 @@ from metactl.rollout import TrialResult
 
 def paired_table(summary: dict[str, Any], title: str) -> Table:
     """Arms, their losses, and the paired difference of the policy to each."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm")
-    for header in ("test loss", "at best probe", "policy minus arm (95 %)", "wins", "PFLOPs"):
+    for header in ("test loss", "best ckpt", "policy minus arm (95 %)", "wins", "GFLOP"):
         table.add_column(header, justify="right")
     order = sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"])
     for arm, figures in order:
@@ -29,7 +30,7 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
             f"{figures['final_test']:.3f}",
             f"{figures['best_checkpoint_test']:.3f}",
             *cells,
-            f"{figures['flops'] / 1e15:.4f}",
+            f"{figures['flops'] / 1e9:.1f}",
         )
     return table
 

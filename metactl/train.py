@@ -85,9 +85,10 @@ def train(
             if state is None:
                 raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
             tensors, scalars = state
-            scale = _restore(model, shards, tensors, scalars)
+            _restore(model, shards, tensors, scalars)
+            scale, env.reward_unit = scalars["reward_scale"], scalars["reward_unit"]
         else:
-            scale = _calibrate(model, env)
+            scale, env.reward_unit = _calibrate(model, env)
             env.seed(config.seed)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
@@ -128,9 +129,13 @@ def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     )
 
 
-def _calibrate(model: PPO, env: ShardVecEnv) -> float:
-    """Plays one episode per run, half at rest and half under random moves, to freeze the
-    normaliser; returns the median improvement of the runs at rest, in nats.
+def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[float, float]:
+    """Plays one episode per run, half at rest and half under random moves, and freezes the
+    normaliser.
+
+    Returns:
+        The median improvement of the runs at rest, in nats; and how far paired runs end apart
+        under random moves, in units of it (1 without pairs).
     """
     n_control_steps = env.shards.describe()["n_control_steps"]
     n_knobs = len(env.shards.describe()["knobs"])
@@ -152,7 +157,11 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> float:
     assert isinstance(normaliser, Normaliser)
     normaliser.mean.copy_(torch.from_numpy(seen.mean(axis=0)))
     normaliser.std.copy_(torch.from_numpy(np.where(std > 1e-3, std, 1.0)))
-    return max(float(np.median(improvement[resting])), 1e-3)
+    scale = max(float(np.median(improvement[resting])), 1e-3)
+    if env.paired_runs == 1:
+        return scale, 1.0
+    spread = improvement.reshape(-1, env.paired_runs).std(axis=1)
+    return scale, max(float(np.median(spread)) / scale, 1e-3)
 
 
 class _Keeper(BaseCallback):
@@ -259,6 +268,7 @@ def _snapshot(
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
         "reward_scale": scale,
+        "reward_unit": model.env.reward_unit,
         "numpy": [position, has_gauss, cached],
         "python": [python_version, python_gauss],
         "versions": versions(),
@@ -268,8 +278,8 @@ def _snapshot(
 
 def _restore(
     model: PPO, shards: ShardRow, tensors: dict[str, Tensor], scalars: dict[str, Any]
-) -> float:
-    """Puts a snapshot in force; returns the reward scale."""
+) -> None:
+    """Puts a snapshot in force."""
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -301,7 +311,6 @@ def _restore(
     np.random.set_state(("MT19937", keys, *scalars["numpy"]))
     version, gauss = scalars["python"]
     random.setstate((version, tuple(tensors["rng/python"].tolist()), gauss))
-    return float(scalars["reward_scale"])
 
 
 def _restore_exploration(model: PPO, tensors: dict[str, Tensor]) -> None:

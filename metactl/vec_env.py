@@ -23,6 +23,10 @@ class ShardVecEnv(VecEnv):
     Args:
         shards: The row; it stays the caller's to close.
         paired_runs: Runs per group; 1 gives plain rewards.
+
+    Attributes:
+        reward_unit: Rewards are divided by it. Differences between paired runs are small beside
+            the improvement that all share; in a unit of their own size a critic learns them.
     """
 
     def __init__(self, shards: ShardRow, paired_runs: int = 1) -> None:
@@ -31,6 +35,7 @@ class ShardVecEnv(VecEnv):
                 f"paired_runs must divide the {shards.n_envs} runs of a shard, got {paired_runs}"
             )
         self.shards, self.paired_runs = shards, paired_runs
+        self.reward_unit = 1.0
         about = shards.describe()
         self._actions = np.zeros(0)
         self._seed = 0
@@ -61,7 +66,7 @@ class ShardVecEnv(VecEnv):
         reward, done = np.concatenate(rewards), np.concatenate(terminated)
         for info, own in zip(per_run, reward, strict=True):
             info["own_reward"] = float(own)
-        relative = self._relative(reward)
+        relative = self._relative(reward) / self.reward_unit
         self._age[1] += 1
         self._age[0, done] += 1
         self._age[1, done] = 0

@@ -280,7 +280,9 @@ def test_options_of_control_out_of_range_are_refused(options, message):
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
     env = single(split="meta_tset")
-    with pytest.raises(ValueError, match="Unknown split 'meta_tset'. Known: meta_train, meta_test"):
+    with pytest.raises(
+        ValueError, match=r"Unknown split 'meta_tset'\. Known: meta_train, meta_test"
+    ):
         env.reset(seed=0)
 
 

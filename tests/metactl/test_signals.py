@@ -249,6 +249,6 @@ def test_positions_are_read_back_from_observations(rows):
 
 def test_reading_an_unknown_entry_suggests_a_known_one():
     with pytest.raises(
-        ValueError, match="Unknown observation .* Did you mean 'signal/probe_level'"
+        ValueError, match=r"Unknown observation .* Did you mean 'signal/probe_level'"
     ):
         CODEC.read(observe(history(RECORD)), "signal/probe_levl")

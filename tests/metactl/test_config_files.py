@@ -1,0 +1,235 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metactl.config import (
+    ConfigError,
+    EnvironmentConfig,
+    PPOConfig,
+    TrainConfig,
+    dump,
+    find_config,
+    parse,
+    parse_assignment,
+    read_config,
+)
+
+RECIPES = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return written
+
+
+def train_config(path=None, **changes):
+    return read_config(TrainConfig, path, {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def refusal(path=None, **changes):
+    with pytest.raises(ConfigError) as caught:
+        train_config(path, **changes)
+    message = str(caught.value)
+    assert (path.name if path is not None else "the flags") in message
+    return message
+
+
+def test_without_a_file_and_changes_there_are_the_defaults():
+    assert train_config() == TrainConfig()
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "{}"])
+def test_an_empty_file_is_the_defaults(write, text):
+    assert train_config(write(text)) == TrainConfig()
+
+
+def test_a_file_changes_only_what_it_holds(write):
+    config = train_config(write("ppo: {gamma: 0.9}\nseed: 4"))
+    assert config == TrainConfig(ppo=PPOConfig(gamma=0.9), seed=4)
+
+
+def test_changes_win_over_the_file(write):
+    path = write("ppo: {gamma: 0.9, n_steps: 7}\nseed: 4")
+    config = train_config(path, ppo__gamma=0.5, environment__options__horizon=80)
+    assert (config.ppo.gamma, config.ppo.n_steps, config.seed) == (0.5, 7, 4)
+    assert config.environment.options == {"horizon": 80}
+
+
+def test_what_was_dumped_parses_to_the_same(write):
+    config = train_config(ppo__hidden=[8], environment__options={"horizon": [4, 9], "data": None})
+    assert parse(TrainConfig, yaml.safe_load(yaml.safe_dump(dump(config))), "dump") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "suggestion"),
+    [
+        ("ppo: {learning_rat: 1}", "ppo.learning_rat", "learning_rate"),
+        ("sed: 1", "sed", "seed"),
+        ("environment: {n_env: 4}", "environment.n_env", "n_envs"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_path_and_a_suggestion(write, text, key, suggestion):
+    message = refusal(write(text))
+    assert f"unknown key '{key}'" in message
+    assert f"Did you mean '{suggestion}'?" in message
+
+
+def test_an_unknown_key_that_resembles_none_lists_the_known():
+    message = refusal(zzz=1)
+    assert "Known: environment, ppo, seed, checkpoint_every." in message
+    assert "Did you mean" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("environment.n_envs", 0),
+        ("environment.n_workers", -2),
+        ("ppo.gamma", 0.0),
+        ("ppo.gamma", 1.1),
+        ("ppo.gae_lambda", -0.1),
+        ("ppo.total_timesteps", 0),
+        ("ppo.n_steps", -3),
+        ("ppo.batch_size", 0),
+        ("ppo.learning_rate", 0.0),
+        ("ppo.learning_rate", float("nan")),
+        ("ppo.paired_runs", 0),
+        ("checkpoint_every", 0),
+        ("seed", -1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name_and_what_was_received(key, value):
+    message = refusal(**{key.replace(".", "__"): value})
+    assert key.split(".")[-1] in message
+    assert re.search(rf"got {re.escape(str(value))}\b", message)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "zero"),
+        ("ppo.n_steps", 2.5),
+        ("ppo.n_steps", "many"),
+        ("ppo.learning_rate", [1]),
+        ("ppo.hidden", 64),
+        ("ppo", 3),
+        ("environment", None),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_path_and_what_was_received(key, value):
+    message = refusal(**{key.replace(".", "__"): value})
+    assert f"{key}: " in message
+    assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "1.0e-4", "0.0001"])
+def test_scientific_notation_is_a_number_where_one_is_expected(write, text):
+    assert train_config(write(f"ppo: {{learning_rate: {text}}}")).ppo.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: b: c", "\t- x", b"\xff\xfe\x00", "a: !!python/name:os"]
+)
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(write, text):
+    message = refusal(write(text))
+    assert "is not YAML" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "hello", "3"])
+def test_a_file_that_is_no_mapping_is_refused(write, text):
+    assert "must hold keys and values" in refusal(write(text))
+
+
+def test_a_key_that_is_no_text_is_refused(write):
+    assert "1" in refusal(write("1: 2"))
+
+
+@pytest.mark.parametrize("text", ["ppo:", "ppo: 3", "ppo: [1]"])
+def test_a_change_inside_a_section_that_is_no_mapping_is_refused_or_wins(write, text):
+    path = write(text)
+    try:
+        config = train_config(path, ppo__gamma=0.5)
+    except ConfigError as error:
+        assert "ppo" in str(error)
+    else:
+        assert config.ppo.gamma == 0.5
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert "cannot be read: No such file" in refusal(tmp_path / "nowhere.yaml")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    assert "cannot be read: Is a directory" in refusal(tmp_path)
+
+
+def test_options_of_the_environment_are_left_to_the_environment():
+    config = EnvironmentConfig(options={"anything": [1, {"deep": None}]})
+    assert config.options == {"anything": [1, {"deep": None}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ppo.learning_rate=1e-4", ("ppo.learning_rate", 1e-4)),
+        ("seed=3", ("seed", 3)),
+        ("a.b=[1, 2]", ("a.b", [1, 2])),
+        ("data=a=b", ("data", "a=b")),
+        ("x=true", ("x", True)),
+        ("x=", ("x", None)),
+    ],
+)
+def test_an_assignment_is_a_key_and_a_yaml_value(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", "seed=["])
+def test_what_is_no_assignment_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--set"):
+        parse_assignment(text)
+
+
+def test_a_recipe_is_found_by_path_and_by_name_and_else_the_recipes_are_listed(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("seed: 1")
+    assert find_config(str(own)) == own
+    recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    for name in recipes:
+        assert find_config(name).samefile(RECIPES / f"{name}.yaml")
+    with pytest.raises(ConfigError, match="neither a file nor a recipe") as caught:
+        find_config("no-such-recipe")
+    assert all(name in str(caught.value) for name in recipes)
+
+
+def test_every_recipe_says_its_command_and_holds_only_what_differs_from_the_defaults():
+    kinds = {"train": TrainConfig, "demo": TrainConfig}
+    for path in sorted(RECIPES.iterdir()):
+        first, *_ = path.read_text().splitlines()
+        words = shlex.split(first.removeprefix("# "))
+        assert words[0] == "metactl", path.name
+        assert words[1] in kinds, f"{path.name}: which configuration does {words[1]!r} read?"
+        if "--config" in words:
+            assert words[words.index("--config") + 1] == f"configs/{path.name}"
+        config = read_config(kinds[words[1]], path, {})
+        held = flat(yaml.safe_load(path.read_text()))
+        defaults, full = flat(dump(kinds[words[1]]())), flat(dump(config))
+        for key, value in held.items():
+            assert full[key] == value, (path.name, key)
+            assert defaults.get(key) != value, f"{path.name}: {key} is the default"
+
+
+def flat(values, prefix=""):
+    out = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        out |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return out

@@ -1,0 +1,178 @@
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from toy_plant import TOY
+
+from metactl.controllers import RandomMoves, Static
+from metactl.rollout import Trial
+from metactl.shards import ShardError, ShardRow, make_population
+from metactl.vec_env import ShardVecEnv
+
+ID = "envs:AdaptiveTransformer-v0"
+OPTIONS = {"horizon": 6, "context": 16, "n_control_steps": 3, "dtype": "float64"}
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Two worker processes with two transformers each."""
+    with ShardRow(ID, 2, OPTIONS, n_workers=2) as row:
+        yield row
+
+
+def rewarded(paired_runs, n_envs=4, **options):
+    """Rewards and infos of toy runs under random moves."""
+    with ShardRow(TOY, n_envs, {"n_control_steps": 4, **options}, n_workers=0) as row:
+        env = ShardVecEnv(row, paired_runs)
+        env.seed(3)
+        starts = env.reset()
+        moves = np.random.default_rng(0).uniform(-1, 1, (6, n_envs, 2)).astype(np.float32)
+        steps = [env.step(move) for move in moves]
+    return starts, np.array([step[1] for step in steps]), [step[3] for step in steps]
+
+
+def own(infos):
+    return np.array([[info["own_reward"] for info in step] for step in infos])
+
+
+def test_worker_processes_give_the_trajectories_of_this_process(workers):
+    moves = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4)).astype(np.float32)
+    trajectories = []
+    with ShardRow(ID, 4, OPTIONS, n_workers=0) as local:
+        for row in (workers, local):
+            env = ShardVecEnv(row)
+            env.seed(7)
+            seen = [env.reset()]
+            rewards = []
+            for move in moves:
+                observation, reward, *_ = env.step(move)
+                seen.append(observation)
+                rewards.append(reward)
+            trajectories.append((np.stack(seen), np.stack(rewards)))
+    np.testing.assert_allclose(trajectories[0][0], trajectories[1][0], atol=1e-9)
+    np.testing.assert_allclose(trajectories[0][1], trajectories[1][1], atol=1e-9)
+
+
+def test_trials_come_back_in_their_order_from_several_workers(workers):
+    finished = []
+    with ShardRow(ID, 2, OPTIONS, n_workers=0) as local:
+        episodes = [local._local.env.loop.draw_episode(seed, 0) for seed in range(7)]
+        trials = [Trial(arm=str(i), episode=e, controller=Static()) for i, e in enumerate(episodes)]
+        expected = local.play(trials)
+    results = workers.play(trials, on_done=finished.append)
+    assert [result.arm for result in results] == [str(i) for i in range(7)]
+    assert sorted(finished) == [1, 2, 2, 2]
+    for left, right in zip(results, expected, strict=True):
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+        assert left.best_test == pytest.approx(right.best_test, abs=1e-9)
+
+
+def test_a_controller_shared_by_trials_does_the_same_wherever_its_runs_are(workers):
+    results = []
+    with ShardRow(ID, 2, OPTIONS, n_workers=0) as local:
+        episode = local._local.env.loop.draw_episode(1, 0)
+        for row in (local, workers):
+            shared = RandomMoves(1)
+            trials = [Trial(arm="random", episode=episode, controller=shared)] * 4
+            results.append(np.stack([result.positions for result in row.play(trials)]))
+    np.testing.assert_allclose(results[0], results[1], atol=1e-9)
+
+
+def test_the_state_of_workers_goes_there_and_back(workers):
+    env = ShardVecEnv(workers)
+    env.reset()
+    move = np.zeros((4, 4), dtype=np.float32)
+    state = workers.call_all("state_dict")
+    expected = env.step(move)[0]
+    workers.call("load_state_dict", [(each,) for each in state])
+    np.testing.assert_array_equal(env.step(move)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": -1.0}, {"n_control_steps": 500}], ids=["plant", "control"]
+)
+def test_a_refused_option_says_the_same_from_a_worker_as_from_this_process(options):
+    messages = []
+    for n_workers in (0, 1):
+        with pytest.raises(ValueError) as caught:
+            ShardRow(ID, 1, {**OPTIONS, **options}, n_workers)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert next(iter(options)) in messages[0]
+
+
+def test_a_killed_worker_is_an_error_in_words_and_no_hang():
+    row = ShardRow(TOY, 1, {}, n_workers=1)
+    try:
+        os.kill(row._workers[0].process.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(ShardError, match=r"worker process died \(exit code -9\)"):
+            for _ in range(3):
+                row.call_all("reset", 0)
+        assert time.monotonic() - began < 10
+    finally:
+        row.close()
+
+
+def test_an_environment_that_is_no_population_of_runs_is_refused():
+    with pytest.raises(ValueError, match="needs a TrainingRunVectorEnv"):
+        make_population("CartPole-v1", 2, {})
+
+
+def test_trials_of_one_shard_in_this_process_come_back_in_order():
+    finished = []
+    with ShardRow(TOY, 3, {"n_control_steps": 4}, n_workers=0) as row:
+        loop = row._local.env.loop
+        trials = [
+            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            for i in range(8)
+        ]
+        results = row.play(trials, on_done=finished.append)
+    assert [result.arm for result in results] == [str(i) for i in range(8)]
+    assert finished == [3, 3, 2]
+    assert len({result.probe_loss[0] for result in results}) == 8
+
+
+def test_paired_runs_live_through_the_same_episode_and_groups_do_not():
+    starts, _, infos = rewarded(2)
+    single, _, _ = rewarded(1)
+    np.testing.assert_array_equal(starts, single[[0, 0, 1, 1]])
+    assert infos[0][0]["probe_loss"] != infos[0][2]["probe_loss"]
+
+
+def test_paired_runs_are_rewarded_by_how_much_better_they_did_than_the_others():
+    _, rewards, infos = rewarded(4)
+    plain = own(infos)
+    others = (plain.sum(axis=1, keepdims=True) - plain) / 3
+    np.testing.assert_allclose(rewards, plain - others, atol=1e-6)
+    np.testing.assert_allclose(rewards.sum(axis=1), 0, atol=1e-6)
+    assert np.abs(rewards).max() > 1e-3
+
+
+def test_a_run_alone_is_rewarded_by_its_own_improvement():
+    _, rewards, infos = rewarded(1)
+    np.testing.assert_allclose(rewards, own(infos), atol=1e-6)
+    assert (rewards > 0).any()
+
+
+def test_a_run_whose_pair_has_moved_on_is_rewarded_by_its_own_improvement():
+    with ShardRow(TOY, 2, {"n_control_steps": 8, "diverge_above": 0.9}, n_workers=0) as row:
+        env = ShardVecEnv(row, paired_runs=2)
+        env.reset()
+        for _ in range(6):
+            _, reward, done, infos = env.step(np.array([[1.0, 0], [0, 0]], dtype=np.float32))
+            if done.any():
+                break
+        assert done.tolist() == [True, False]
+        _, reward, _, infos = env.step(np.zeros((2, 2), dtype=np.float32))
+    assert reward.tolist() == pytest.approx([info["own_reward"] for info in infos])
+
+
+def test_paired_runs_must_divide_a_shard():
+    with (
+        ShardRow(TOY, 4, {}, n_workers=0) as row,
+        pytest.raises(ValueError, match="must divide the 4 runs of a shard, got 3"),
+    ):
+        ShardVecEnv(row, 3)

@@ -1,0 +1,212 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_plant import TOY
+
+from metactl import Policy
+from metactl.config import parse
+from metactl.rundir import RunDirectoryError
+from metactl.shards import make_population
+from metactl.train import TrainConfig, train
+
+ID = "envs:AdaptiveTransformer-v0"
+TINY = {
+    "environment": {
+        "id": ID,
+        "options": {"horizon": 20, "n_control_steps": 5, "context": 16},
+        "n_envs": 4,
+        "n_workers": 0,
+    },
+    "ppo": {"total_timesteps": 80, "n_steps": 5, "batch_size": 20, "n_epochs": 2, "hidden": [16]},
+}
+# Six decisions per run and four per rollout: checkpoints fall into the middle of runs.
+TOYS = {
+    "environment": {"id": TOY, "options": {"n_control_steps": 6}, "n_envs": 4, "n_workers": 0},
+    "ppo": {"total_timesteps": 96, "n_steps": 4, "batch_size": 16, "n_epochs": 2, "hidden": [16]},
+}
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from metactl.config import parse
+from metactl.train import TrainConfig, train
+
+torch.set_num_threads(1)
+
+def progress(done, total, status):
+    if done >= 28:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(parse(TrainConfig, {config!r}, "test"), Path({folder!r}), progress=progress)
+"""
+
+
+class Interrupted(Exception):
+    pass
+
+
+def config(base, seed=0, **ppo):
+    values = {**base, "seed": seed, "ppo": {**base["ppo"], **ppo}}
+    return parse(TrainConfig, values, "test")
+
+
+def weights(folder):
+    return (folder / "policy" / "weights.safetensors").read_bytes()
+
+
+def scalars(folder):
+    board = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: board.Scalars(tag) for tag in board.Tags()["scalars"]}
+
+
+def interrupted(settings, folder, after):
+    """Trains until `after` control steps are done, and then stops in the middle of things."""
+
+    def progress(done, total, status):
+        if done >= after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(settings, folder, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("trained")
+    told = []
+    policy = train(config(TINY), folder, progress=lambda *args: told.append(args))
+    return folder, policy, told
+
+
+def test_training_leaves_a_policy_checkpoints_and_a_board(trained):
+    folder, policy, _ = trained
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "policy", "tb"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        f"step-{step:012d}" for step in (20, 40, 60)
+    ]
+    loaded = Policy.load(folder / "policy")
+    seen = np.random.default_rng(0).normal(size=(3, len(policy.card.observations)))
+    np.testing.assert_array_equal(loaded.act(seen), policy.act(seen))
+
+
+def test_the_policy_card_says_what_it_was_trained_on(trained):
+    folder, _, _ = trained
+    card = Policy.load(folder / "policy").card
+    loop = make_population(ID, 1, TINY["environment"]["options"]).loop
+    assert card.knobs == loop.knobs.knobs
+    assert card.observations == loop.codec.names
+    assert card.n_control_steps == 5
+    assert card.hidden == (16,)
+    assert card.training["config"]["ppo"]["total_timesteps"] == 80
+    assert card.training["reward_scale"] > 0
+
+
+def test_progress_is_told_of_every_control_step(trained):
+    _, _, told = trained
+    assert [done for done, *_ in told] == list(range(4, 81, 4))
+    assert {total for _, total, _ in told} == {80}
+
+
+def test_the_board_can_be_read_back_and_stays_small(trained):
+    tags = scalars(trained[0])
+    assert 5 < len(tags) < 60
+    groups = {"train", "probe", "knob", "signal", "drive", "reward", "perf", "rollout", "time"}
+    assert {tag.partition("/")[0] for tag in tags} <= groups
+    assert [event.step for event in tags["rollout/ep_rew_mean"]] == [20, 40, 60, 80]
+    assert all(np.isfinite(event.value) for events in tags.values() for event in events)
+
+
+def test_the_same_seed_trains_the_same_policy_and_another_seed_another(trained, tmp_path):
+    train(config(TINY), tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(trained[0])
+    train(config(TINY, seed=1), tmp_path / "other")
+    assert weights(tmp_path / "other") != weights(trained[0])
+
+
+def test_a_training_that_was_killed_and_resumed_ends_with_the_same_policy(trained, tmp_path):
+    code = KILLED.format(config=TINY, folder=str(tmp_path))
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    steps = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert steps == [0, 20]
+    assert not (tmp_path / "policy").exists()
+    train(config(TINY), tmp_path, resume=True)
+    assert weights(tmp_path) == weights(trained[0])
+
+
+@pytest.mark.parametrize("after", [4, 36, 96])
+@pytest.mark.parametrize("use_sde", [False, True], ids=["noise per step", "smooth noise"])
+@pytest.mark.parametrize("paired_runs", [1, 4])
+def test_a_training_interrupted_in_the_middle_of_runs_ends_with_the_same_policy(
+    tmp_path, after, use_sde, paired_runs
+):
+    settings = config(TOYS, use_sde=use_sde, paired_runs=paired_runs)
+    train(settings, tmp_path / "whole")
+    interrupted(settings, tmp_path / "parts", after)
+    train(settings, tmp_path / "parts", resume=True)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_resumed_board_holds_every_update_once(tmp_path):
+    settings = config(TOYS)
+    train(settings, tmp_path / "whole")
+    interrupted(settings, tmp_path / "parts", 40)
+    train(settings, tmp_path / "parts", resume=True)
+    whole, parts = scalars(tmp_path / "whole"), scalars(tmp_path / "parts")
+    for tag in ("probe/final_probe_loss", "train/loss"):
+        assert [(e.step, e.value) for e in parts[tag]] == [(e.step, e.value) for e in whole[tag]]
+
+
+def test_the_mean_return_on_the_board_is_that_of_whole_episodes(tmp_path):
+    train(config(TOYS, paired_runs=1), tmp_path)
+    policy = Policy.load(tmp_path / "policy")
+    first = scalars(tmp_path)["rollout/ep_rew_mean"][0]
+    # An untrained policy on the toy plant improves about as much as a run at rest, which is 1.
+    assert first.value == pytest.approx(1, abs=0.35)
+    assert policy.card.training["reward_scale"] > 0.5
+
+
+def test_resuming_a_finished_training_gives_the_same_policy(trained, tmp_path):
+    settings = config(TOYS)
+    train(settings, tmp_path)
+    before = weights(tmp_path)
+    train(settings, tmp_path, resume=True)
+    assert weights(tmp_path) == before
+
+
+def test_there_must_be_a_checkpoint_to_resume(tmp_path):
+    with pytest.raises(RunDirectoryError, match="holds no intact checkpoint to resume"):
+        train(config(TOYS), tmp_path, resume=True)
+
+
+def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
+    interrupted(config(TOYS), tmp_path, 20)
+    values = {**TOYS, "environment": {**TOYS["environment"], "n_workers": 2}}
+    with pytest.raises(RunDirectoryError, match=r"fewer than 2 shards; .*number of workers"):
+        train(parse(TrainConfig, values, "test"), tmp_path, resume=True)
+
+
+def test_training_raises_the_return_on_the_toy(tmp_path):
+    """Its best rate drifts from 0.2 to 0.8; a policy that looks at progress can follow it."""
+    values = {**TOYS, "environment": {**TOYS["environment"], "n_envs": 16}}
+    ppo = {"total_timesteps": 6000, "n_steps": 12, "batch_size": 192, "n_epochs": 8}
+    train(config(values, **ppo), tmp_path)
+    returns = scalars(tmp_path)["rollout/ep_rew_mean"]
+    early, late = (np.mean([e.value for e in part]) for part in (returns[:5], returns[-5:]))
+    assert late > early
