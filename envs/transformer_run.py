@@ -83,6 +83,13 @@ class RunConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2 tokens, got {self.context}")
+        for name in ("beta2", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         self.transformer()  # refuses shapes that do not fit together
         try:
             torch.device(self.device)
@@ -185,7 +192,7 @@ class AdaptiveTransformerRun(TrainingRun):
                 self._rows[split][row] = self._text[starts[:, None] + window].long()
         for name in ("step", "flops", "diverged"):
             self._rows[name][rows] = 0
-        keys = torch.tensor(list(seeds))
+        keys = torch.tensor(list(seeds), dtype=torch.int64)
         weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
         self.model.initialise(rows, weight_seeds)
         self.optimizer.reset_rows(rows)

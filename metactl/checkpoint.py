@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from metactl.files import write_atomically
+from metactl.files import sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 KEEP = 3
@@ -54,6 +54,7 @@ def save_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     draft.rename(final)
+    sync_folder(folder)
     for old in _checkpoints(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -64,7 +65,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, A
     for checkpoint in _checkpoints(folder):
         try:
             return _load(checkpoint)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning("Checkpoint %s is damaged, trying an older one: %s", checkpoint, error)
     return None
 
@@ -81,6 +82,8 @@ def _load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest = json.loads((checkpoint / "state.json").read_bytes())
     blob = (checkpoint / "state.safetensors").read_bytes()
     body = manifest["scalars"]
+    if not isinstance(body, str):
+        raise ValueError("state.json has no scalars")
     for data, name in ((blob, "tensors"), (body.encode(), "scalars")):
         if hashlib.sha256(data).hexdigest() != manifest[f"{name}_sha256"]:
             raise ValueError(f"the checksum of the {name} does not match")

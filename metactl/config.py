@@ -103,6 +103,11 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 1
 
+    def __post_init__(self) -> None:
+        for name, low in (("seed", 0), ("checkpoint_every", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
 
 def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, Any]) -> T:
     """A configuration from a YAML file (or the defaults) with some keys changed.
@@ -119,8 +124,13 @@ def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, An
     for key, value in changes.items():
         *parents, leaf = key.split(".")
         node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
+        for depth, parent in enumerate(parents, start=1):
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                where = ".".join(parents[:depth])
+                raise ConfigError(f"{path}: {where} must hold keys and values, got {node!r}")
         node[leaf] = value
     return parse(kind, values, source=str(path) if path is not None else "the flags")
 

@@ -72,8 +72,10 @@ class Knob:
                 refuse(f"needs at least two increasing levels, got {self.levels}")
             if (self.low, self.high) != (self.levels[0], self.levels[-1]):
                 refuse(f"low and high must be the outer levels, got {self.low:g}, {self.high:g}")
-        if not self.max_move > 0:
-            refuse(f"max_move must be above 0, got {self.max_move:g}")
+            if self.default not in self.levels:
+                refuse(f"default must be one of the levels {self.levels}, got {self.default:g}")
+        if not 0 < self.max_move < math.inf:
+            refuse(f"max_move must be above 0 and finite, got {self.max_move:g}")
 
     def value(self, position: FloatArray) -> FloatArray:
         """Values at positions in [0, 1]."""

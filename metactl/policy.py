@@ -7,6 +7,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 
 import hashlib
 import json
+import math
 from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -82,6 +83,8 @@ class Policy:
         for name, value in weights.items():
             if not np.isfinite(value).all():
                 raise PolicyError(f"policy weight {name!r} has non-finite values")
+        if not (weights["std"] > 0).all():
+            raise PolicyError("policy weight 'std' must be above 0 everywhere")
         self._n_layers = len(sizes) - 1
 
     def act(self, observation: np.ndarray) -> np.ndarray:
@@ -149,7 +152,7 @@ def _read(path: Path) -> bytes:
 
 def _read_card(path: Path) -> PolicyCard:
     try:
-        fields = json.loads(_read(path), parse_constant=_refuse_constant)
+        fields = json.loads(_read(path), parse_constant=_refuse_constant, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
         if isinstance(error, PolicyError):
             raise
@@ -166,6 +169,13 @@ def _read_card(path: Path) -> PolicyCard:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise PolicyError(f"Policy card {str(path)!r}: {where}: {first['msg']}") from error
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

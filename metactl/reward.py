@@ -14,6 +14,7 @@ class ImprovementReward:
     So the rewards of an episode add up to its total improvement, whatever happened in between:
     oscillating earns nothing. A value never falls below `floor`, and a run that diverges ends
     with a total of `floor - penalty`, below every run that survives: dying early never pays.
+    A loss of exactly 0 is a failed report (some trainers log it after a NaN), no improvement.
 
     Args:
         scale: Typical improvement of a run under default knobs, in nats.
@@ -33,5 +34,6 @@ class ImprovementReward:
         """Value of runs that began at `start` and are at `loss` (nats), `[n_runs]`."""
         with np.errstate(invalid="ignore"):
             improvement = (start - loss) / self.scale
-        value = np.maximum(improvement, self.floor)
-        return np.where(diverged | ~np.isfinite(loss), self.floor - self.penalty, value)
+        value = np.maximum(np.where(loss == 0, 0.0, improvement), self.floor)
+        lost = diverged | ~np.isfinite(loss) | ~np.isfinite(start)
+        return np.where(lost, self.floor - self.penalty, value)

@@ -104,7 +104,7 @@ def play(
     final_test, best_test = untrained, untrained
     if test:
         final_test = np.where(diverged, untrained, loop.run.evaluate("test"))
-        best_test = np.where(np.isfinite(best.loss), best.evaluate("test"), untrained)
+        best_test = np.where(diverged, untrained, best.evaluate("test"))
     probe_curve = np.stack(probes, axis=1)
     flops = steps[-1].measurement.flops
     return [
@@ -113,7 +113,7 @@ def play(
             final_test=float(final_test[row]),
             best_test=float(best_test[row]),
             final_probe=float(probe_curve[row, 0 if diverged[row] else -1]),
-            best_probe=float(best.loss[row]),
+            best_probe=float(probe_curve[row, 0] if diverged[row] else best.loss[row]),
             flops=float("nan") if flops is None else float(flops[row]),
             diverged=bool(diverged[row]),
             train_loss=np.array([step.measurement.train_loss[row] for step in steps]),

@@ -190,11 +190,12 @@ class SingleRuns(TrainingRun):
 
     def state_dict(self, rows: Sequence[int]) -> dict[str, Any]:
         states = [self._runs[row].state_dict([0]) for row in rows]
-        return {key: [state[key] for state in states] for key in states[0]}
+        return {key: _stack([state[key] for state in states]) for key in states[0]}
 
     def load_state_dict(self, rows: Sequence[int], state: Mapping[str, Any]) -> None:
         for i, row in enumerate(rows):
-            self._runs[row].load_state_dict([0], {key: value[i] for key, value in state.items()})
+            own = {key: value[i : i + 1] for key, value in state.items()}
+            self._runs[row].load_state_dict([0], own)
 
     def export(self, row: int) -> Any:
         return self._runs[row].export(0)
@@ -205,6 +206,15 @@ class SingleRuns(TrainingRun):
     def close(self) -> None:
         for run in self._runs:
             run.close()
+
+
+def _stack(parts: Sequence[Any]) -> Any:
+    """Joins arrays or tensors along their leading row dimension."""
+    if isinstance(parts[0], np.ndarray | list):
+        return np.concatenate([np.asarray(part) for part in parts])
+    import torch  # only here: the command line stays quick
+
+    return torch.cat(list(parts))
 
 
 def _advance_one(run: TrainingRun, n_steps: int) -> Measurement:
@@ -230,4 +240,14 @@ def join_measurements(parts: Sequence[Measurement]) -> Measurement:
             ]
         )
     joined["diverged"] = joined["diverged"].astype(bool)
-    return Measurement(**joined)
+    names = dict.fromkeys(name for part in parts for name in part.internal)
+    internal = {
+        name: np.concatenate(
+            [
+                part.internal.get(name, np.full(size, np.nan))
+                for size, part in zip(sizes, parts, strict=True)
+            ]
+        )
+        for name in names
+    }
+    return Measurement(**joined, internal=internal)

@@ -50,7 +50,13 @@ def open_run_directory(
     """
     path = Path(path).resolve()
     record = path / "config.yaml"
-    if record.exists():
+    try:
+        held = record.exists()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Run directory {str(path)!r} cannot be written: {error.strerror}"
+        ) from error
+    if held:
         if not resume:
             raise RunDirectoryError(
                 f"Run directory {str(path)!r} already holds a run; choose another, or go on with "

@@ -290,7 +290,8 @@ class Codec:
         out = np.zeros((n, len(self)), dtype=np.float64)
         with np.errstate(all="ignore"):
             for i, signal in enumerate(self.signals):
-                out[:, i] = signal.function(history)
+                measured = np.isfinite(history.latest(signal.group))
+                out[:, i] = np.where(measured, signal.function(history), 0.0)
         for i, group in enumerate(GROUPS, start=len(self.signals)):
             out[:, i] = np.isfinite(history.latest(group))
         entries = np.stack((2 * positions - 1, last_moves, np.ones_like(available)), axis=2)

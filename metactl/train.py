@@ -1,7 +1,6 @@
 """Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from metactl.policy import FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
+from metactl.snapshot import restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
 
 logger = logging.getLogger(__name__)
 
 
-_SDE = ("exploration_mat", "exploration_matrices")  # gSDE's noise, drawn once per rollout
 _CALIBRATION_SEED = 1 << 30  # far from the seeds of training
 
 
@@ -80,22 +79,27 @@ def train(
         env = ShardVecEnv(shards, config.ppo.paired_runs)
         model = _build_ppo(config, env)
         tensors: dict[str, Tensor] | None = None
+        pending: dict[str, float] = {}  # figures noted, but not yet on the board
         if resume:
             state = load_newest_checkpoint(run_dir / "checkpoints")
             if state is None:
                 raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
             tensors, scalars = state
-            _restore(model, shards, tensors, scalars)
+            restore(model, shards, tensors, scalars)
             scale, env.reward_unit = scalars["reward_scale"], scalars["reward_unit"]
+            pending = scalars["pending"]
         else:
             scale, env.reward_unit = _calibrate(model, env)
             env.seed(config.seed)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         shards.call_all("set_reward_scale", scale)
-        with Board(run_dir / "tb", purge_step=model.num_timesteps) as board:
+        purge_step = model.num_timesteps + 1 if resume else 0
+        with Board(run_dir / "tb", purge_step=purge_step) as board:
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
-            keeper = _Keeper(config, run_dir, shards, scale, progress, tensors)
+            for name, value in pending.items():
+                model.logger.record(name, value)
+            keeper = _Keeper(config, run_dir, shards, scale, progress, tensors, board)
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
@@ -175,8 +179,10 @@ class _Keeper(BaseCallback):
         scale: float,
         progress: Progress | None,
         resumed: dict[str, Tensor] | None,
+        board: Board,
     ) -> None:
         super().__init__()
+        self.board = board
         self._resumed = resumed
         self.config, self.run_dir, self.shards = config, run_dir, shards
         self.scale, self.progress = scale, progress
@@ -191,12 +197,13 @@ class _Keeper(BaseCallback):
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, PPO)
         if self._resumed is not None:
-            _restore_exploration(self.model, self._resumed)
+            restore_exploration(self.model, self._resumed)
             self._resumed = None
         if self._updates % self.config.checkpoint_every == 0:
-            tensors, scalars = _snapshot(self.model, self.shards, self.scale)
+            tensors, scalars = snapshot(self.model, self.shards, self.scale)
             folder = self.run_dir / "checkpoints"
             save_checkpoint(folder, self.num_timesteps, tensors, scalars)
+            self.board.flush()
         self._updates += 1
         self._ended = []
         self._finished = []
@@ -229,96 +236,6 @@ class _Keeper(BaseCallback):
                 record(f"probe/final_{name}", float(np.nanmean(values)))
         for name in (key for key in self._ended[0] if key.startswith("knob/")):
             record(f"{name}_final", float(np.mean([info[name] for info in self._ended])))
-
-
-# Exact state ---------------------------------------------------------------------------------
-
-
-def _snapshot(
-    model: PPO, shards: ShardRow, scale: float
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that determines how training goes on."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.policy.state_dict().items():
-        tensors[f"policy/{name}"] = tensor
-    moments = model.policy.optimizer.state_dict()["state"]
-    for index, state in moments.items():
-        for name, tensor in state.items():
-            tensors[f"optimizer/{index}/{name}"] = tensor
-    for k, state in enumerate(shards.call_all("state_dict")):
-        for name, value in state.items():
-            tensors[f"shard/{k}/{name}"] = torch.as_tensor(value)
-    generator: Any = np.random.get_state(legacy=True)
-    _, keys, position, has_gauss, cached = generator
-    python_version, python_state, python_gauss = random.getstate()
-    assert model._last_obs is not None
-    assert isinstance(model.env, ShardVecEnv)
-    for name, value in model.env.state_dict().items():
-        tensors[f"env/{name}"] = torch.from_numpy(value)
-    tensors |= {
-        "last_obs": torch.from_numpy(np.asarray(model._last_obs)),
-        "last_episode_starts": torch.from_numpy(model._last_episode_starts),
-        "rng/torch": torch.get_rng_state(),
-        "rng/numpy": torch.from_numpy(keys.astype(np.int64)),
-        "rng/python": torch.tensor(python_state),
-    }
-    if model.use_sde:
-        tensors |= {f"exploration/{name}": getattr(model.policy.action_dist, name) for name in _SDE}
-    scalars = {
-        "num_timesteps": model.num_timesteps,
-        "n_updates": model._n_updates,
-        "reward_scale": scale,
-        "reward_unit": model.env.reward_unit,
-        "numpy": [position, has_gauss, cached],
-        "python": [python_version, python_gauss],
-        "versions": versions(),
-    }
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, scalars
-
-
-def _restore(
-    model: PPO, shards: ShardRow, tensors: dict[str, Tensor], scalars: dict[str, Any]
-) -> None:
-    """Puts a snapshot in force."""
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.policy.load_state_dict(under("policy/"))
-    optimizer = model.policy.optimizer.state_dict()
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in under("optimizer/").items():
-        index, _, name = key.partition("/")
-        moments.setdefault(int(index), {})[name] = tensor
-    model.policy.optimizer.load_state_dict({**optimizer, "state": moments})
-    states = [
-        ({name: v if name.startswith("run/") else v.numpy() for name, v in state.items()},)
-        for state in (under(f"shard/{k}/") for k in range(shards.n_shards))
-    ]
-    if not all(state[0] for state in states):
-        raise RunDirectoryError(
-            f"The checkpoint has fewer than {shards.n_shards} shards; resume with the number of "
-            f"workers that it was trained with"
-        )
-    shards.call("load_state_dict", states)
-    assert isinstance(model.env, ShardVecEnv)
-    model.env.load_state_dict({name: value.numpy() for name, value in under("env/").items()})
-    model.num_timesteps = scalars["num_timesteps"]
-    model._n_updates = scalars["n_updates"]
-    model._last_obs = tensors["last_obs"].numpy().copy()
-    model._last_episode_starts = tensors["last_episode_starts"].numpy().copy()
-    keys = tensors["rng/numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, *scalars["numpy"]))
-    version, gauss = scalars["python"]
-    random.setstate((version, tuple(tensors["rng/python"].tolist()), gauss))
-
-
-def _restore_exploration(model: PPO, tensors: dict[str, Tensor]) -> None:
-    """Undoes what Stable-Baselines3 draws before the first rollout of a resumed training."""
-    if model.use_sde:
-        for name in _SDE:
-            setattr(model.policy.action_dist, name, tensors[f"exploration/{name}"])
-    torch.set_rng_state(tensors["rng/torch"])
 
 
 def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) -> Policy:

@@ -56,10 +56,10 @@ class TransformerConfig:
                 f"d_model / n_heads must be an even whole number (rotations act on pairs), "
                 f"got d_model={self.d_model}, n_heads={self.n_heads}"
             )
-        if not self.rope_base > 1:
-            raise ValueError(f"rope_base must be above 1, got {self.rope_base}")
-        if self.span_ramp is not None and not self.span_ramp > 0:
-            raise ValueError(f"span_ramp must be above 0 tokens, got {self.span_ramp}")
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base must be above 1 and finite, got {self.rope_base}")
+        if self.span_ramp is not None and not 0 < self.span_ramp < math.inf:
+            raise ValueError(f"span_ramp must be above 0 tokens and finite, got {self.span_ramp}")
         self._check_width_levels()
 
     def _check_width_levels(self) -> None:

@@ -58,7 +58,7 @@ class Knobs(nn.Module):
 
         self.register_buffer("log_base", full(math.log(config.rope_base)))
         self.register_buffer("attention_span", full(float(config.context)))
-        self.register_buffer("width_level", full(0).long() + len(levels) - 1)
+        self.register_buffer("width_level", full(0.0).long() + len(levels) - 1)
         self.register_buffer("gates", full(1.0)[:, None].repeat(1, len(levels)))
         self.register_buffer("dropout", full(0.0))
         for name, size in (
@@ -88,24 +88,29 @@ class Knobs(nn.Module):
     def assign(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets values in place; see `AdaptiveTransformer.set_knobs`."""
         chosen = range(self.n_replicas) if rows is None else rows
-        index = torch.tensor(list(chosen), device=self.log_base.device)
-        for name, value in values.items():
+        index = torch.tensor(list(chosen), device=self.log_base.device, dtype=torch.int64)
+        stored: dict[str, Tensor] = {}
+        for name, value in values.items():  # all are checked before any is written
             tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device=index.device)
-            self._set_one(name, tensor.expand(len(index)), index)
+            stored |= self._stored(name, tensor.expand(len(index)), index)
+        for buffer, value in stored.items():
+            getattr(self, buffer)[index] = value
         self.refresh(set(values))
 
-    def _set_one(self, name: str, value: Tensor, index: Tensor) -> None:
+    def _stored(self, name: str, value: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What a knob's buffer holds for a value, by the buffer's name."""
         low, high = self.bounds(name)
         if not bool(((value >= low) & (value <= high)).all()):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value.tolist()}")
+        buffer, stored = name, value
         if name == "rope_base":
-            self.log_base[index] = value.log()
-        elif name == "attention_span":
-            self.attention_span[index] = value
-        elif name == "dropout":
-            self.dropout[index] = value
-        else:
-            self.width_level[index] = nearest_level(value, self.config.width_levels)
+            buffer, stored = "log_base", value.log()
+        elif name == "embedding_width":
+            buffer = "width_level"
+            stored = nearest_level(value, self.config.width_levels)
+        if self.sliced and buffer in ("attention_span", "width_level"):
+            _require_shared(name, getattr(self, buffer).index_copy(0, index, stored).tolist())
+        return {buffer: stored}
 
     def values(self) -> dict[str, Tensor]:
         """Values in force, each `[n_replicas]`."""
@@ -135,6 +140,13 @@ class Knobs(nn.Module):
         """
         names = ("log_base", "attention_span", "width_level", "gates", "dropout")
         return {name: getattr(self, name) for name in names}
+
+    def keep_precision(self, values: Mapping[str, Tensor]) -> None:
+        """Undoes a cast of the values to a type too coarse for them, but not a move."""
+        for name, value in values.items():
+            now = getattr(self, name)
+            if now.is_floating_point() and now.dtype not in (torch.float32, torch.float64):
+                setattr(self, name, value.to(now.device))
 
     def refresh(self, moved: set[str] | None = None) -> None:
         """Rebuilds what depends on the knobs that moved (all of them by default)."""

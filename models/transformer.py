@@ -53,7 +53,7 @@ class AdaptiveTransformer(nn.Module):
         sliced: `True` or `False` to force an execution, `None` to slice when `n_replicas == 1`.
 
     Example:
-        >>> model = AdaptiveTransformer(TransformerConfig(d_model=16, n_heads=2), n_replicas=3)
+        >>> model = AdaptiveTransformer(TransformerConfig(d_model=16, n_heads=4), n_replicas=3)
         >>> model.initialise([0, 1, 2], seeds=[10, 11, 12])
         >>> model.set_knobs({"dropout": [0.0, 0.1, 0.2]})
         >>> tokens = torch.zeros(3, 4, 8, dtype=torch.long)
@@ -122,6 +122,14 @@ class AdaptiveTransformer(nn.Module):
         self.knobs.assign(values, rows)
         if "rope_base" in values:
             self.rotation.refresh(self.knobs.log_base)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveTransformer":
+        """Moves and casts as any module does, but knob values keep their precision."""
+        knobs = self.knobs.storage()
+        super()._apply(fn, recurse)
+        self.knobs.keep_precision(knobs)
+        self.refresh()
+        return self
 
     def refresh(self) -> None:
         """Rebuilds all that depends on the knobs, after their storage was written to."""

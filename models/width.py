@@ -29,4 +29,6 @@ def stepped_gates(
     """Gates moved by at most `rate` towards 1 up to the target level and 0 above it."""
     index = torch.arange(gates.shape[1], device=gates.device)
     wanted = (index <= target[:, None]).to(gates.dtype)
-    return gates + (wanted - gates).clamp(-rate, rate)
+    distance = wanted - gates
+    arrives = distance.abs() <= rate * (1 + 1e-4)  # n steps of 1/n must end exactly
+    return torch.where(arrives, wanted, gates + distance.clamp(-rate, rate))

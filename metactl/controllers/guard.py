@@ -49,7 +49,7 @@ class Guard(Controller):
         self.vetoes = np.zeros(n_runs, dtype=np.int64)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        wanted = np.asarray(self._ask(observation), dtype=np.float64)
+        wanted = self._ask(observation)
         finite = np.asarray(np.isfinite(wanted).all(axis=1))
         actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
         loss = self._loss(observation)
@@ -67,8 +67,12 @@ class Guard(Controller):
     def _ask(self, observation: np.ndarray) -> np.ndarray:
         if self.failed:
             return self.hold()
+        expected = (self.n_runs, len(self.codec.knobs))
         try:
-            return self.controller.act(observation)
+            wanted = np.asarray(self.controller.act(observation), dtype=np.float64)
+            if wanted.shape != expected:
+                raise ValueError(f"actions must have shape {expected}, got {wanted.shape}")
+            return wanted
         except Exception:
             self.failed = True
             logger.warning("The controller failed and is off; the run goes on", exc_info=True)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from metactl.controllers.base import Controller
+from metactl.signals import Codec
 
 
 class RandomMoves(Controller):
@@ -15,7 +16,10 @@ class RandomMoves(Controller):
 
     def __init__(self, seed: int, scale: float = 0.5) -> None:
         self.seed, self.scale = seed, scale
-        self._rng = np.random.default_rng(seed)
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        self._rng = np.random.default_rng(self.seed)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         moves = self._rng.normal(0, self.scale, (self.n_runs, len(self.codec.knobs)))

@@ -23,8 +23,8 @@ class Rotation(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, queries_keys: Float[Tensor, "replica batch seq 2*head head_dim"]
-    ) -> Float[Tensor, "replica batch seq 2*head head_dim"]:
+        self, queries_keys: Float[Tensor, "replica batch seq heads head_dim"]
+    ) -> Float[Tensor, "replica batch seq heads head_dim"]:
         """Rotates queries and keys, stacked along the heads, at positions 0 .. seq - 1."""
 
 

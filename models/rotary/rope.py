@@ -38,7 +38,7 @@ class Rope(Rotation):
             self.rotation.copy_(table)
 
     def forward(
-        self, queries_keys: Float[Tensor, "replica batch seq 2*head head_dim"]
-    ) -> Float[Tensor, "replica batch seq 2*head head_dim"]:
+        self, queries_keys: Float[Tensor, "replica batch seq heads head_dim"]
+    ) -> Float[Tensor, "replica batch seq heads head_dim"]:
         seq = queries_keys.shape[2]
         return rotate_pairs(queries_keys, torch.view_as_complex(self.rotation[:, :, :seq]))

@@ -325,7 +325,7 @@ def test_untouched_knobs_leave_the_run_bit_identical(start):
     assert values["dropout"] == pytest.approx([0.1] * 3)
 
 
-@pytest.mark.parametrize("context", [1, 2, 6, 64])
+@pytest.mark.parametrize("context", [2, 6, 64])
 def test_the_model_accepts_both_ends_of_every_knob(start, context):
     run = start([1], context=context)
     for knob in run.knobs:

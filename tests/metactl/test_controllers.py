@@ -22,8 +22,8 @@ from metactl.rollout import Trial, play
 from metactl.signals import Codec
 
 N = 10
-A = Knob(name="a", low=0, high=1, default=0.25)
-B = Knob(name="b", low=1, high=16, default=4, scale="log2")
+A = Knob(name="a", low=0, high=1, default=0.25, max_move=8)
+B = Knob(name="b", low=1, high=16, default=4, scale="log2", max_move=8)
 C = Knob(name="c", low=0, high=1, default=0.5)
 CODEC = Codec(KnobSet([A, B]))
 

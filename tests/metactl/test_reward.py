@@ -24,7 +24,7 @@ def rewards(start, curve, diverged=(), scale=1.0):
     return np.diff([0.0, *values])
 
 
-@given(start=st.floats(0.1, 10), curve=st.lists(st.floats(0, 10), min_size=1, max_size=20))
+@given(start=st.floats(0.1, 10), curve=st.lists(st.floats(0.01, 10), min_size=1, max_size=20))
 @SETTINGS
 def test_rewards_add_up_to_the_total_improvement(start, curve):
     total = rewards(start, curve, scale=8.0).sum()
@@ -100,3 +100,10 @@ def test_a_run_driven_into_divergence_earns_less_than_one_that_stays():
     assert RATE.default < 0.8
     assert np.isfinite(total).all()
     assert total[0] < total[1] - 0.5
+
+
+def test_a_loss_of_exactly_zero_is_no_improvement():
+    value = ImprovementReward(scale=1.0).value(
+        np.array([3.0, 3.0]), np.array([0.0, 2.5]), np.array([False, False])
+    )
+    assert value.tolist() == [0.0, 0.5]

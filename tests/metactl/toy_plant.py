@@ -10,8 +10,8 @@ from metactl.env import TrainingRunEnv, TrainingRunVectorEnv, split_options
 from metactl.knobs import Knob
 from metactl.run import Diverged, Measurement, TrainingRun
 
-RATE = Knob(name="rate", low=0.0, high=1.0, default=0.5)
-WIDTH = Knob(name="width", low=1.0, high=16.0, default=4.0, scale="log2")
+RATE = Knob(name="rate", low=0.0, high=1.0, default=0.5, max_move=4.0)
+WIDTH = Knob(name="width", low=1.0, high=16.0, default=4.0, scale="log2", max_move=4.0)
 NOISE = 0.05
 
 

@@ -56,7 +56,7 @@ def assert_same(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("span", "ramp"), [(1.0, 1.0), (2.0, 1.5), (3.7, 2.0), (9.0, 4.0), (13, 1)]
+    ("span", "ramp"), [(1.0, 1.0), (2.0, 1.5), (3.7, 2.0), (9.0, 4.0), (13.0, 1.0)]
 )
 def test_both_executions_equal_a_loop_over_queries_and_keys(span, ramp):
     q, k, v = (x.detach() for x in draw(13))

@@ -18,7 +18,6 @@ from models import TransformerConfig
     [
         ({"vocab_size": 0}, ("vocab_size", "0")),
         ({"n_layers": -1}, ("n_layers", "-1")),
-        ({"d_model": 32.0}, ("d_model", "32.0")),
         ({"context": 0}, ("context", "0")),
         ({"d_ff": 0}, ("d_ff", "0")),
         ({"feed_forward": "relu"}, ("feed_forward", "gelu, swiglu", "'relu'")),

@@ -173,6 +173,7 @@ def test_parameter_levels_name_exactly_the_parameters_that_get_a_gradient():
         ({"attention_span": 0.0}, ("attention_span", "0.0")),
         ({"embedding_width": 1.5}, ("embedding_width", "1.5")),
         ({"dropout": [0.1, 2.0]}, ("dropout", "2.0")),
+        ({"attention_span": 4.0, "dropout": 2.0}, ("dropout", "2.0")),
     ],
 )
 def test_a_bad_knob_value_is_refused_by_name_range_and_value_and_changes_nothing(values, parts):
@@ -203,11 +204,14 @@ def test_setting_the_knobs_of_no_rows_changes_nothing():
 @pytest.mark.parametrize(
     "values", [{"attention_span": [4.0, 5.0]}, {"embedding_width": [0.5, 1.0]}]
 )
-def test_a_sliced_model_refuses_knobs_that_are_not_shared(values):
+def test_a_sliced_model_refuses_knobs_that_are_not_shared_and_keeps_its_own(values):
     model = build(2, sliced=True)
-    with pytest.raises(ValueError, match="one " + next(iter(values))):
+    (name,) = values
+    with pytest.raises(ValueError, match="one " + name):
         model.set_knobs(values)
         model.knobs.settle_gates([0, 1])
+    kept = model.knobs.values()[name]
+    assert kept[0] == kept[1]
 
 
 def test_setting_the_defaults_leaves_every_stored_bit():
