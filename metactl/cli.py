@@ -148,16 +148,17 @@ def main(arguments: list[str] | None = None) -> None:
         print("\nmetactl: stopped", file=sys.stderr)
         code = 130
     except (ValueError, ImportError) as error:
-        code = _refuse(error)
+        code = _refuse(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        code = _refuse(error)
+        where = f": {error.filename!r}" if error.filename else ""
+        code = _refuse(f"{error.strerror}{where}")
     sys.exit(code)
 
 
-def _refuse(error: Exception) -> int:
-    print(f"metactl: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _refuse(reason: str) -> int:
+    print(f"metactl: error: {' '.join(reason.split())}", file=sys.stderr)
     return 2
 
 
