@@ -23,16 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "setup: installing torch"
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-	    $(BIN)/python -m pip install --quiet --constraint constraints.txt torch; \
-	elif $(BIN)/python -m pip install --quiet --dry-run --report - --constraint constraints.txt torch \
+	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch; \
+	elif $(BIN)/python -m pip install -qq --dry-run --report - --constraint constraints.txt torch \
 	        | grep -q '"name": "nvidia-'; then \
 	    echo "setup: no GPU here, so the CPU build from $(TORCH_INDEX)"; \
-	    $(BIN)/python -m pip install --quiet --constraint constraints.txt torch --index-url $(TORCH_INDEX); \
+	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch --index-url $(TORCH_INDEX); \
 	else \
-	    $(BIN)/python -m pip install --quiet --constraint constraints.txt torch; \
+	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch; \
 	fi
 	@echo "setup: installing metactl and what it needs"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 	@echo "setup: done"
 

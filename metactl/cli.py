@@ -89,6 +89,8 @@ class Evaluate:
     """Paired held-out tasks."""
     grid: int = 16
     """Static settings over all knobs, the default among them."""
+    static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """A further static setting, e.g. --static dropout=0,attention_span=8."""
     optimizer_steps: int | None = None
     """Optimizer steps per run (default: as in the policy's training)."""
     n_envs: int = 16
@@ -244,7 +246,7 @@ def _apply(command: Apply) -> int:
 
 
 def _evaluate(command: Evaluate) -> int:
-    from metactl.config import ConfigError
+    from metactl.config import ConfigError, parse_setting
     from metactl.deployment import deployment
     from metactl.evaluate import evaluate, headline
     from metactl.policy import Policy
@@ -261,6 +263,7 @@ def _evaluate(command: Evaluate) -> int:
     for path in (command.json, command.figure):
         if path is not None:
             path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    settings = [parse_setting(text) for text in command.static]
     env_id, options = deployment(policy, data=command.data, horizon=command.optimizer_steps)
     workers = default_workers() if command.n_workers < 0 else command.n_workers
     with (
@@ -273,6 +276,7 @@ def _evaluate(command: Evaluate) -> int:
             n_tasks=command.n_tasks,
             grid_points=command.grid,
             seed=command.seed,
+            settings=settings,
             progress=progress,
         )
     say = console().print

@@ -221,3 +221,16 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         with contextlib.suppress(ValueError):
             parsed = float(parsed)
     return key, parsed
+
+
+def parse_setting(text: str) -> dict[str, float]:
+    """`dropout=0,attention_span=8` as numbers by name.
+
+    Raises:
+        ConfigError: If it is not of that form.
+    """
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError as error:
+        raise ConfigError(f"--static takes KNOB=NUMBER[,KNOB=NUMBER...], got {text!r}") from error

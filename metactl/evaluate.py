@@ -1,6 +1,6 @@
 """Is a policy worth having? Paired comparison with static settings, a rule and its own replay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,6 +106,7 @@ def evaluate(
     n_tasks: int,
     grid_points: int,
     seed: int,
+    settings: Sequence[Mapping[str, float]] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compares a policy with everything that needs no learning.
@@ -121,6 +122,7 @@ def evaluate(
         n_tasks: Paired tasks.
         grid_points: Static settings, the default among them.
         seed: Of the tasks and runs.
+        settings: Further static settings by knob name, in the grid and as arms of their own.
         progress: Told about finished runs.
     """
     about = shards.describe()
@@ -136,8 +138,16 @@ def evaluate(
         Arm(name=f"static {i}", positions=point, controller=static)
         for i, point in enumerate(static_grid(knobs, grid_points))
     ]
+    chosen = [
+        Arm(
+            name="static " + ", ".join(f"{name}={value:g}" for name, value in setting.items()),
+            positions=knobs.positions(setting, 1)[0],
+            controller=static,
+        )
+        for setting in settings
+    ]
     rule = Arm(name="responsive rule", positions=default, controller=Responsive())
-    total, done = n_tasks * (len(grid) + 3), 0
+    total, done = n_tasks * (len(grid) + len(chosen) + 3), 0
 
     def report(count: int) -> None:
         nonlocal done
@@ -145,28 +155,30 @@ def evaluate(
         if progress is not None:
             progress(done, total, "")
 
-    results = play_arms(shards, [policy_arm(policy, default), rule, *grid], n_tasks, seed, report)
+    arms = [policy_arm(policy, default), rule, *grid, *chosen]
+    results = play_arms(shards, arms, n_tasks, seed, report)
     mean_trajectory = np.mean([r.positions for r in results["policy"]], axis=0)
     replay = Arm(name="replay", positions=default, controller=Replay(mean_trajectory))
     results |= play_arms(shards, [replay], n_tasks, seed, report)
-    results = _select_static(results, [arm.name for arm in grid])
+    grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
+    results = _select_static(results, grid_names, chosen_names)
     summary = {
         "n_tasks": n_tasks,
-        "grid_points": len(grid),
+        "grid_points": len(grid) + len(chosen),
         "seed": seed,
         "horizon": about["horizon"],
         "n_control_steps": about["n_control_steps"],
         **summarise(results, default_name="default", oracle_name="per-task best static"),
     }
-    chosen = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
-    return Evaluation(results=results, summary={**summary, "best_static_setting": chosen})
+    best = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
+    return Evaluation(results=results, summary={**summary, "best_static_setting": best})
 
 
 def _select_static(
-    results: dict[str, list[TrialResult]], names: list[str]
+    results: dict[str, list[TrialResult]], grid_names: list[str], chosen_names: list[str]
 ) -> dict[str, list[TrialResult]]:
     """Replaces the grid by the default, the best on average and the best for each task."""
-    grid = [results[name] for name in names]
+    grid = [results[name] for name in (*grid_names, *chosen_names)]
     probes = np.array([[result.final_probe for result in arm] for arm in grid])
     best = int(probes.mean(axis=1).argmin())
     oracle = probes.argmin(axis=0)
@@ -174,7 +186,7 @@ def _select_static(
         "default": grid[0],
         "best static": grid[best],
         "per-task best static": [grid[i][task] for task, i in enumerate(oracle)],
-        **{name: arm for name, arm in results.items() if name not in names},
+        **{name: arm for name, arm in results.items() if name not in grid_names},
     }
 
 

@@ -58,5 +58,7 @@ class _Lines:
             return
         self.next_tenth = 10 * done // total + 1
         elapsed = time.monotonic() - self.started
-        left = f", about {elapsed * (total - done) / done:.0f} s left" if done else ""
-        console().print(f"{self.title}: {100 * done // total} % in {elapsed:.0f} s{left} {status}")
+        known = 20 * done >= total  # the start is slow; an estimate from it would frighten
+        left = f", about {elapsed * (total - done) / done:.0f} s left" if known else ""
+        note = f" ({status})" if status else ""
+        console().print(f"{self.title}: {100 * done // total} % in {elapsed:.0f} s{left}{note}")

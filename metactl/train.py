@@ -189,6 +189,7 @@ class _Keeper(BaseCallback):
         self._updates = 0
         self._ended: list[dict[str, Any]] = []
         self._finished: list[float] = []
+        self._mean_return: float | None = None
         self._returns = np.zeros(0)
 
     def _on_training_start(self) -> None:
@@ -220,14 +221,14 @@ class _Keeper(BaseCallback):
         return True
 
     def _status(self) -> str:
-        mean = self.logger.name_to_value.get("rollout/ep_rew_mean")
-        return "" if mean is None else f"return {mean:.3f}"
+        return "" if self._mean_return is None else f"return {self._mean_return:.3f}"
 
     def _on_rollout_end(self) -> None:
         if not self._ended:
             return
         record = self.logger.record
-        record("rollout/ep_rew_mean", float(np.mean(self._finished)))
+        self._mean_return = float(np.mean(self._finished))
+        record("rollout/ep_rew_mean", self._mean_return)
         record("rollout/ep_count", len(self._finished))
         record("rollout/diverged", float(np.mean([info["diverged"] for info in self._ended])))
         for name in ("probe_loss", "train_loss", "relative_cost"):

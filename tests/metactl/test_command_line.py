@@ -105,13 +105,16 @@ def test_apply_takes_other_text_and_another_size(trained: Path, tmp_path: Path) 
 
 def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path) -> None:
     report, figure = tmp_path / "new" / "report.json", tmp_path / "runs.png"
-    small = ("--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
+    static = ("--static", "dropout=0,embedding_width=0.5")
+    small = (*static, "--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
     code = metactl(
         "evaluate", "--policy", trained / "policy", "--json", report, "--figure", figure, *small
     )
     assert code == 0
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
+    arms.add("static dropout=0, embedding_width=0.5")
+    assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
         interval = summary["policy_minus"][arm]["final_test"]
@@ -156,6 +159,9 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "--n-runs" in refused(capsys, *apply, "--n-runs", 0)
     assert "device" in refused(capsys, *apply, "--device", "warp")
     assert "--n-tasks" in refused(capsys, "evaluate", "--policy", policy, "--n-tasks", 1)
+    evaluate = ("evaluate", "--policy", policy, "--n-tasks", 2, "--n-workers", 0)
+    assert "--static takes KNOB=NUMBER" in refused(capsys, *evaluate, "--static", "dropout")
+    assert "Did you mean 'dropout'?" in refused(capsys, *evaluate, "--static", "dropuot=0")
     assert not new.exists()
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years of work"
 
