@@ -357,6 +357,7 @@ def transformer_knobs(config: RunConfig) -> tuple[Knob, ...]:
             default=1.0,
             scale="levels",
             levels=shape.width_levels,
+            max_move=1.0,  # every change of width is a shock: at most once across in a run
             unit="fraction",
         ),
         Knob(
