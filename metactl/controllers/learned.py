@@ -11,7 +11,8 @@ class Learned(Controller):
     """Acts by a policy; knobs and signals are matched by name.
 
     Knobs that the policy does not know are left alone; what the policy expects and the run does
-    not have is observed as absent.
+    not have is observed as absent. Moves keep the size that they had in training, also where a
+    run's knob has another largest move.
 
     Args:
         policy: The policy.
@@ -31,17 +32,26 @@ class Learned(Controller):
                 f"The policy and the run have no knob in common: the policy moves "
                 f"{', '.join(known)}; the run has {', '.join(codec.knobs.names)}"
             )
+        theirs, ours = self.policy.card.knobs, codec.knobs.knobs
+        self._scale = {o: theirs[t].max_move / ours[o].max_move for o, t in self._pairs}
+        last_moves = {f"knob/{ours[o].name}/last_move": o for o, _ in self._pairs}
         names = list(self.policy.card.observations)
         self._entries = [
-            (i, codec.names.index(name)) for i, name in enumerate(names) if name in codec.names
+            (
+                i,
+                codec.names.index(name),
+                self._scale[last_moves[name]] if name in last_moves else 1.0,
+            )
+            for i, name in enumerate(names)
+            if name in codec.names
         ]
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         seen = np.zeros((len(observation), len(self.policy.card.observations)))
-        for theirs, ours in self._entries:
-            seen[:, theirs] = observation[:, ours]
+        for theirs, ours, scale in self._entries:
+            seen[:, theirs] = observation[:, ours] / scale
         decided = self.policy.act(seen)
         actions = self.hold()
         for ours, theirs in self._pairs:
-            actions[:, ours] = decided[:, theirs]
-        return actions
+            actions[:, ours] = self._scale[ours] * decided[:, theirs]
+        return np.clip(actions, -1.0, 1.0)

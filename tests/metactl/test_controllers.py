@@ -309,6 +309,21 @@ def test_what_the_run_does_not_have_is_observed_as_absent():
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+def test_moves_keep_their_size_where_a_run_allows_larger_ones():
+    wider = [Knob(name="a", low=0, high=1, default=0.25, max_move=32), B]
+    codec = Codec(KnobSet(wider))
+    trained, freer = Learned(policy()), Learned(policy())
+    trained.begin(CODEC, 1)
+    freer.begin(codec, 1)
+    seen = observation(knob__a__last_move=0.8)
+    same = observation(codec, knob__a__last_move=0.2)  # the same move, a share of a larger one
+    before = CODEC.knobs.positions({}, 1)
+    moved = CODEC.knobs.move(before, trained.act(seen), progress=0.01)
+    moved_freer = codec.knobs.move(before, freer.act(same), progress=0.01)
+    assert not np.allclose(moved, before)
+    np.testing.assert_allclose(moved_freer, moved, atol=1e-7)
+
+
 def test_a_policy_without_a_knob_in_common_is_refused_with_both_lists():
     message = re.escape("the policy moves a, b; the run has c")
     with pytest.raises(ValueError, match=message):
