@@ -151,6 +151,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except (ValueError, ImportError) as error:
         code = _refuse(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "ShardError" or "died" not in str(error):
+            raise  # a fault of ours: its traceback is wanted
+        code = _refuse(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

@@ -331,6 +331,8 @@ def test_the_model_accepts_both_ends_of_every_knob(start, context):
     for knob in run.knobs:
         for value in (knob.low, knob.high):
             run.apply({knob.name: np.array([value])})
+            in_force = run.model.knobs.values()[knob.name].tolist()
+            assert in_force == pytest.approx([value], rel=1e-5, abs=1e-7)
 
 
 def test_a_first_width_is_in_force_at_once_and_a_later_one_fades_in(start):
