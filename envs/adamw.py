@@ -57,11 +57,11 @@ class ReplicatedAdamW:
         """One-hot `[2 * n_levels, n_params]` (level, and level without decay) and
         `[n_params, n_blocks]` (which parameter tensor).
         """
-        levels = model.knobs.parameter_levels()
+        levels, decayed = model.parameter_levels(), model.decayed_parameters()
         groups, blocks = [], []
         for i, (name, p) in enumerate(model.named_parameters()):
             level = levels[name].flatten()
-            groups.append(level if p.dim() > 2 else level + n_levels)  # norm gains: no decay
+            groups.append(level if name in decayed else level + n_levels)
             blocks.append(torch.full_like(level, i))
         one_hot = torch.nn.functional.one_hot
         group = one_hot(torch.cat(groups), 2 * n_levels).T.contiguous()

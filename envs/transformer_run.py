@@ -39,7 +39,7 @@ class RunConfig:
         n_heads: Attention heads at full width.
         context: Tokens (bytes) per sequence.
         feed_forward: `"gelu"` or `"swiglu"`.
-        rotation: Rotation variant.
+        rotation: Rotation variants by name, joined by `+`, or fields (see `models.rotary`).
         batch_size: Sequences per optimizer step.
         horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
         unique_bytes: Range of the unique training data, in bytes, drawn log-uniformly.
@@ -60,7 +60,7 @@ class RunConfig:
     n_heads: int = 4
     context: int = 32
     feed_forward: str = "gelu"
-    rotation: str = "rope"
+    rotation: str | dict[str, Any] = "rope"
     batch_size: int = 8
     horizon: int | tuple[int, int] = 400
     unique_bytes: tuple[int, int] = (1_500, 1_000_000)
@@ -255,7 +255,7 @@ class AdaptiveTransformerRun(TrainingRun):
         seeds = self._rows["seed"] ^ (_NOISE_STREAM << 56)
         logits = self.model(tokens[..., :-1], Noise(seeds, self._rows["step"]))
         loss = cross_entropy(logits, tokens[..., 1:])
-        loss.sum().backward()
+        (loss.sum() + self.model.penalty().sum()).backward()
         norm, ratios = self.optimizer.step(
             self._learning_rate(), self._weight_decay, self.model.knobs.gates > 0, measure=measure
         )

@@ -40,61 +40,86 @@ def causal_distance(seq: int, *, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def masked_attention(
-    q: Float[Tensor, "replica batch head seq head_dim"],
-    k: Float[Tensor, "replica batch head seq head_dim"],
-    v: Float[Tensor, "replica batch head seq head_dim"],
-    bias: Float[Tensor, "replica seq seq"],
-) -> Float[Tensor, "replica batch head seq head_dim"]:
-    """Attention with an additive bias per replica."""
-    n, batch, heads, seq, head_dim = q.shape
-    if seq > EXPLICIT_UP_TO:
-        folded = (n * batch, heads, seq, head_dim)
-        mask = bias[:, None].expand(n, batch, seq, seq).reshape(n * batch, 1, seq, seq)
+    q: Float[Tensor, "replica batch head query qk_dim"],
+    k: Float[Tensor, "replica batch head key qk_dim"],
+    v: Float[Tensor, "replica batch head key head_dim"],
+    bias: Float[Tensor, "replica bias_head query key"],
+) -> Float[Tensor, "replica batch head query head_dim"]:
+    """Attention with an additive bias per replica, and per head where `bias` has heads.
+
+    Logits are divided by the root of `head_dim`, that of the values.
+    """
+    n, batch, heads, seq, _ = q.shape
+    keys, head_dim = v.shape[-2:]
+    if keys > EXPLICIT_UP_TO:
+        mask = bias[:, None].expand(n, batch, *bias.shape[1:]).flatten(0, 1)
         out = F.scaled_dot_product_attention(
-            q.reshape(folded), k.reshape(folded), v.reshape(folded), attn_mask=mask.to(q.dtype)
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            attn_mask=mask.to(q.dtype),
+            scale=1 / math.sqrt(head_dim),
         )
-        return out.view(q.shape)
-    flat = (n * batch * heads, seq, head_dim)
-    logits = torch.bmm(q.reshape(flat) / math.sqrt(head_dim), k.reshape(flat).transpose(1, 2))
-    logits = logits.view(n, batch * heads, seq, seq).add_(bias[:, None])
-    weights = torch.softmax(logits, dim=-1).view(-1, seq, seq)
-    return torch.bmm(weights, v.reshape(flat)).view(q.shape)
+        return out.unflatten(0, (n, batch))
+    logits = torch.bmm(q.flatten(0, 2) / math.sqrt(head_dim), k.flatten(0, 2).transpose(1, 2))
+    logits = logits.view(n, batch, heads, seq, keys).add_(bias[:, None])
+    weights = torch.softmax(logits, dim=-1).view(-1, seq, keys)
+    return torch.bmm(weights, v.flatten(0, 2)).view(n, batch, heads, seq, head_dim)
 
 
 def banded_attention(
-    q: Float[Tensor, "replica batch head seq head_dim"],
-    k: Float[Tensor, "replica batch head seq head_dim"],
+    q: Float[Tensor, "replica batch head seq qk_dim"],
+    k: Float[Tensor, "replica batch head seq qk_dim"],
     v: Float[Tensor, "replica batch head seq head_dim"],
     span: float,
     ramp: float,
+    by_distance: Float[Tensor, "replica head seq"] | None = None,
 ) -> Float[Tensor, "replica batch head seq head_dim"]:
     """Attention when all replicas share one span: a band when that is shorter than half the
     sequence, else fused causal attention (with the span's edge as a bias where it shows).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values; logits are divided by the root of their dimension.
+        span: Tokens attended in full.
+        ramp: Tokens over which the weight then falls to zero.
+        by_distance: Relative bias of each head by distance in tokens.
     """
-    n, batch, heads, seq, head_dim = q.shape
-    folded = (n * batch, heads, seq, head_dim)
-    q, k, v = q.reshape(folded), k.reshape(folded), v.reshape(folded)
+    n, batch, _, seq, _ = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    scale = 1 / math.sqrt(v.shape[-1])
     chunk = math.ceil(span + ramp)
     shared = torch.tensor([span], device=q.device, dtype=torch.float64)
     if 2 * chunk > seq:
-        if span >= seq - 1:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if span >= seq - 1 and by_distance is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
             distance = causal_distance(seq, device=q.device, dtype=torch.float64)
             bias = span_log_weight(distance, shared, ramp).to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            if by_distance is not None:
+                bias = (bias + toeplitz(by_distance).to(q.dtype)).repeat_interleave(batch, 0)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:
-        out = _banded(q, k, v, shared, ramp, chunk)
-    return out.view(n, batch, heads, seq, head_dim)
+        out = _banded(q, k, v, shared, ramp, chunk, by_distance)
+    return out.unflatten(0, (n, batch))
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float, chunk: int) -> Tensor:
-    rows, heads, seq, head_dim = q.shape
+def _banded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Tensor,
+    ramp: float,
+    chunk: int,
+    by_distance: Tensor | None,
+) -> Tensor:
+    rows, _, seq, _ = q.shape
     n_chunks = math.ceil(seq / chunk)
     padding = n_chunks * chunk - seq
 
     def chunks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, padding)).view(rows, heads, n_chunks, chunk, head_dim)
+        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (n_chunks, chunk))
 
     def with_previous(x: Tensor) -> Tensor:
         x = chunks(x)
@@ -106,7 +131,27 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, span: Tensor, ramp: float, chunk: i
     bias = span_log_weight(query - key, span, ramp)
     bias = bias.expand(n_chunks, chunk, 2 * chunk).clone()
     bias[0, :, :chunk] = -torch.inf  # before the first chunk there is nothing
+    bias = bias.to(q.dtype)
+    if by_distance is not None:
+        distance = (query - key).clamp(0, seq - 1).long()
+        relative = by_distance.to(q.dtype)[:, :, None, distance]
+        bias = (bias + relative).repeat_interleave(rows // len(by_distance), 0)
+    scale = 1 / math.sqrt(v.shape[-1])
     out = F.scaled_dot_product_attention(
-        chunks(q), with_previous(k), with_previous(v), attn_mask=bias.to(q.dtype)
+        chunks(q), with_previous(k), with_previous(v), attn_mask=bias, scale=scale
     )
-    return out.view(rows, heads, n_chunks * chunk, head_dim)[:, :, :seq]
+    return out.flatten(2, 3)[:, :, :seq]
+
+
+def toeplitz(
+    by_distance: Float[Tensor, "*batch seq"],
+) -> Float[Tensor, "*batch seq seq"]:
+    """Rows of a bias that depends on the distance alone: entry (i, j) is that of i - j.
+
+    A view of the biases laid out once per relative position (2 seq - 1), not a gather; keys in
+    the future repeat distance 0.
+    """
+    seq = by_distance.shape[-1]
+    future = by_distance[..., :1].expand(*by_distance.shape[:-1], seq - 1)
+    relative = torch.cat((by_distance.flip(-1), future), dim=-1)  # key - query, from 1 - seq
+    return relative.unfold(-1, seq, 1).flip(-2)

@@ -1,9 +1,15 @@
 """The shape of an adaptive transformer, validated once where it is stated."""
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
+
+from models.rotary.config import RotationConfig, parse_rotation
+from models.rotary.frequencies import useful_base
 
 FEED_FORWARDS = ("gelu", "swiglu")
 
@@ -21,7 +27,7 @@ class TransformerConfig:
         d_ff: Hidden units of the feed-forward layer at full width; `None` means `4 * d_model`.
         feed_forward: `"gelu"` or `"swiglu"`.
         width_levels: Increasing fractions of the width that can be active; the last one is 1.
-        rotation: Name of the rotation variant (see `models.rotary`).
+        rotation: Variants by name, joined by `+`, or the fields of a `RotationConfig`.
         rope_base: Default base of the rotary frequencies.
         span_ramp: Tokens over which the attention span fades to zero; `None` means `context / 8`.
 
@@ -37,7 +43,7 @@ class TransformerConfig:
     d_ff: int | None = None
     feed_forward: str = "gelu"
     width_levels: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    rotation: str = "rope"
+    rotation: str | Mapping[str, Any] = "rope"
     rope_base: float = 10_000.0
     span_ramp: float | None = None
 
@@ -61,6 +67,14 @@ class TransformerConfig:
         if self.span_ramp is not None and not 0 < self.span_ramp < math.inf:
             raise ValueError(f"span_ramp must be above 0 tokens and finite, got {self.span_ramp}")
         self._check_width_levels()
+        self.rotary.check_shape(self.head_dim, self.context)
+        needed = useful_base(self.context)
+        if self.rotary.positions == "rope" and self.rope_base < needed:
+            warnings.warn(
+                f"rope_base={self.rope_base:g} is below the useful bound of about {needed:.0f} "
+                f"for a context of {self.context} tokens (arXiv 2405.14591)",
+                stacklevel=4,
+            )
 
     def _check_width_levels(self) -> None:
         levels = self.width_levels
@@ -79,6 +93,11 @@ class TransformerConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @cached_property
+    def rotary(self) -> RotationConfig:
+        """The rotation, spelt out."""
+        return parse_rotation(self.rotation)
 
     @property
     def hidden_units(self) -> int:

@@ -11,7 +11,16 @@ from models.attention import causal_distance, span_log_weight
 from models.config import TransformerConfig
 from models.width import level_of_channel, nearest_level, stepped_gates
 
-KNOB_NAMES = ("rope_base", "attention_span", "embedding_width", "dropout")
+KNOB_NAMES = (
+    "rope_base",
+    "attention_span",
+    "embedding_width",
+    "dropout",
+    "position_scale",
+    "rotation_strength",
+    "orthogonality_weight",
+)
+_BUFFERS = {"rope_base": "log_base", "embedding_width": "width_level"}  # others: their own name
 
 
 class Knobs(nn.Module):
@@ -27,6 +36,10 @@ class Knobs(nn.Module):
         device: Where the values live.
         dtype: Type of the model's parameters.
         sliced: Whether all replicas must share width and span.
+        base_shape: Shape of one replica's bases: none, per layer, or per layer and head.
+
+    Attributes:
+        version: Changes whenever a value does, so that what was computed before can be told.
     """
 
     log_base: Tensor
@@ -34,6 +47,9 @@ class Knobs(nn.Module):
     width_level: Tensor
     gates: Tensor
     dropout: Tensor
+    position_scale: Tensor
+    rotation_strength: Tensor
+    orthogonality_weight: Tensor
     span_bias: Tensor
     channel_level: Tensor
     head_channel_level: Tensor
@@ -47,20 +63,25 @@ class Knobs(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype,
         sliced: bool,
+        base_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.config, self.n_replicas, self.sliced = config, n_replicas, sliced
+        self.version = 0
         levels, n = config.width_levels, n_replicas
         precise = torch.float64 if dtype == torch.float64 else torch.float32
 
-        def full(value: float) -> Tensor:
-            return torch.full((n,), value, device=device, dtype=precise)
+        def full(value: float, *shape: int) -> Tensor:
+            return torch.full((n, *shape), value, device=device, dtype=precise)
 
-        self.register_buffer("log_base", full(math.log(config.rope_base)))
+        self.register_buffer("log_base", full(math.log(config.rope_base), *base_shape))
         self.register_buffer("attention_span", full(float(config.context)))
         self.register_buffer("width_level", full(0.0).long() + len(levels) - 1)
         self.register_buffer("gates", full(1.0)[:, None].repeat(1, len(levels)))
         self.register_buffer("dropout", full(0.0))
+        self.register_buffer("position_scale", full(1.0))
+        self.register_buffer("rotation_strength", full(1.0))
+        self.register_buffer("orthogonality_weight", full(config.rotary.orthogonality_weight))
         for name, size in (
             ("channel_level", config.d_model),
             ("head_channel_level", config.d_model),
@@ -80,6 +101,9 @@ class Knobs(nn.Module):
             "attention_span": (1.0, float(self.config.context)),
             "embedding_width": (0.0, 1.0),
             "dropout": (0.0, 0.95),
+            "position_scale": (0.0, 1e3),
+            "rotation_strength": (0.0, 1e3),
+            "orthogonality_weight": (0.0, 1e6),
         }
         if name not in ranges:
             raise ValueError(f"Unknown knob {name!r}. Known: {', '.join(KNOB_NAMES)}")
@@ -92,34 +116,49 @@ class Knobs(nn.Module):
         stored: dict[str, Tensor] = {}
         for name, value in values.items():  # all are checked before any is written
             tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device=index.device)
-            stored |= self._stored(name, tensor.expand(len(index)), index)
+            stored |= self._stored(name, self._per_row(name, tensor, len(index)), index)
         for buffer, value in stored.items():
             getattr(self, buffer)[index] = value
         self.refresh(set(values))
+
+    def _per_row(self, name: str, value: Tensor, n_rows: int) -> Tensor:
+        """A value for each row, shaped like the knob's buffer (bases may differ by layer)."""
+        shape = getattr(self, _BUFFERS.get(name, name)).shape[1:] if name in KNOB_NAMES else ()
+        trailing = 0 if value.dim() <= 1 else value.dim() - 1
+        value = value.view(*value.shape, *(1,) * (len(shape) - trailing)) if value.dim() else value
+        try:
+            return value.expand(n_rows, *shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} must be one number, or of shape {[n_rows, *shape]}, "
+                f"got {list(value.shape)}"
+            ) from None
 
     def _stored(self, name: str, value: Tensor, index: Tensor) -> dict[str, Tensor]:
         """What a knob's buffer holds for a value, by the buffer's name."""
         low, high = self.bounds(name)
         if not bool(((value >= low) & (value <= high)).all()):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value.tolist()}")
-        buffer, stored = name, value
+        buffer, stored = _BUFFERS.get(name, name), value
         if name == "rope_base":
-            buffer, stored = "log_base", value.log()
+            stored = value.log()
         elif name == "embedding_width":
-            buffer = "width_level"
             stored = nearest_level(value, self.config.width_levels)
         if self.sliced and buffer in ("attention_span", "width_level"):
             _require_shared(name, getattr(self, buffer).index_copy(0, index, stored).tolist())
         return {buffer: stored}
 
     def values(self) -> dict[str, Tensor]:
-        """Values in force, each `[n_replicas]`."""
+        """Values in force, each `[n_replicas]` (bases may have a layer and a head dimension)."""
         levels = torch.tensor(self.config.width_levels, device=self.gates.device)
         return {
             "rope_base": self.log_base.exp(),
             "attention_span": self.attention_span.clone(),
             "embedding_width": levels[self.width_level],
             "dropout": self.dropout.clone(),
+            "position_scale": self.position_scale.clone(),
+            "rotation_strength": self.rotation_strength.clone(),
+            "orthogonality_weight": self.orthogonality_weight.clone(),
         }
 
     def step_gates(self, rate: float) -> None:
@@ -138,7 +177,7 @@ class Knobs(nn.Module):
         """The buffers behind the values, each with a leading replica dimension; after writing
         to them, call `AdaptiveTransformer.refresh`.
         """
-        names = ("log_base", "attention_span", "width_level", "gates", "dropout")
+        names = [_BUFFERS.get(name, name) for name in KNOB_NAMES] + ["gates"]
         return {name: getattr(self, name) for name in names}
 
     def keep_precision(self, values: Mapping[str, Tensor]) -> None:
@@ -150,6 +189,7 @@ class Knobs(nn.Module):
 
     def refresh(self, moved: set[str] | None = None) -> None:
         """Rebuilds what depends on the knobs that moved (all of them by default)."""
+        self.version += 1
         if moved is None or "attention_span" in moved:
             self._refresh_span()
         if moved is None or "embedding_width" in moved:
@@ -166,6 +206,14 @@ class Knobs(nn.Module):
         span = self.attention_span
         distance = causal_distance(self.config.context, device=span.device, dtype=span.dtype)
         self.span_bias.copy_(span_log_weight(distance, span, self.config.ramp))
+
+    def span_bias_rows(self, first: int, seq: int) -> Tensor:
+        """Log weights of `seq` keys for the queries `first` .. seq - 1, `[replica, query, key]`."""
+        if not self.sliced:
+            return self.span_bias[:, first:seq, :seq]
+        span = self.attention_span
+        distance = causal_distance(seq, device=span.device, dtype=span.dtype)[first:]
+        return span_log_weight(distance, span, self.config.ramp)
 
     def _refresh_gates(self) -> None:
         gates = self.gates

@@ -1,8 +1,8 @@
 """The adaptive transformer: N replicas in one tensor program, four knobs that move in flight."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.attention import banded_attention, masked_attention
+from models.attention import banded_attention, masked_attention, toeplitz
+from models.cache import KeyValueCache
 from models.config import TransformerConfig
+from models.generation import generate
 from models.knobs import Knobs
 from models.noise import Noise, NoisePool, keep_mask
-from models.rotary import Rotation, build_rotation
+from models.rotary import LayerTurn, Rotary, RotaryPass, Shape, fold, layer_heads
 
 _EPS = 1e-6
 
@@ -32,6 +34,9 @@ class _Pass:
     hidden: int
     span: float | None  # shared span when sliced, else None
     keep: list[Tensor] | None  # dropout multipliers, the next place's last
+    rotary: RotaryPass
+    batch: int
+    cache: KeyValueCache | None
 
 
 class AdaptiveTransformer(nn.Module):
@@ -62,7 +67,7 @@ class AdaptiveTransformer(nn.Module):
     """
 
     knobs: Knobs
-    rotation: Rotation
+    rotation: Rotary
 
     def __init__(
         self,
@@ -79,7 +84,15 @@ class AdaptiveTransformer(nn.Module):
         self.config = config
         self.n_replicas = n_replicas
         self.sliced = n_replicas == 1 if sliced is None else sliced
-        self.knobs = Knobs(config, n_replicas, device=device, dtype=dtype, sliced=self.sliced)
+        rotation = self._build_rotation(device, dtype)
+        self.knobs = Knobs(
+            config,
+            n_replicas,
+            device=device,
+            dtype=dtype,
+            sliced=self.sliced,
+            base_shape=rotation.base_shape(),
+        )
         d, hidden, n = config.d_model, config.hidden_units, n_replicas
 
         def weight(*shape: int) -> nn.Parameter:
@@ -101,27 +114,42 @@ class AdaptiveTransformer(nn.Module):
         )
         self.final_norm = weight(d)
         self.unembedding = weight(d, config.vocab_size)
-        self.rotation = build_rotation(
-            config.rotation, n_replicas=n, head_dim=config.head_dim, context=config.context
-        ).to(device)
+        self.rotation = rotation
         self._pool: NoisePool | None = None
         self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
         self.refresh()
+
+    def _build_rotation(self, device: torch.device | str | None, dtype: torch.dtype) -> Rotary:
+        config = self.config
+        shape = Shape(
+            n_replicas=self.n_replicas,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            d_model=config.d_model,
+            head_dim=config.head_dim,
+            context=config.context,
+            dtype=dtype,
+            device=device,
+        )
+        return Rotary(config.rotary, shape)
 
     def set_knobs(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets knob values in place; a width change then fades in through `step_gates`.
 
         Args:
             values: By name: `rope_base`, `attention_span` (tokens), `embedding_width` (fraction),
-                `dropout` (probability). Each a number or one number per row.
+                `dropout` (probability), `position_scale`, `rotation_strength` (factors of the
+                positions and of the Givens angles), `orthogonality_weight`. Each a number or
+                one number per row; bases also `[row, layer]` or `[row, layer, head]` where the
+                rotation has one for each.
             rows: The replicas concerned; all by default.
 
         Raises:
             ValueError: For an unknown knob or a value outside its range.
         """
         self.knobs.assign(values, rows)
-        if "rope_base" in values:
-            self.rotation.refresh(self.knobs.log_base)
+        if {"rope_base", "position_scale"} & set(values):
+            self.rotation.refresh(self.knobs.log_base, self.knobs.position_scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptiveTransformer":
         """Moves and casts as any module does, but knob values keep their precision."""
@@ -134,7 +162,7 @@ class AdaptiveTransformer(nn.Module):
     def refresh(self) -> None:
         """Rebuilds all that depends on the knobs, after their storage was written to."""
         self.knobs.refresh()
-        self.rotation.refresh(self.knobs.log_base)
+        self.rotation.refresh(self.knobs.log_base, self.knobs.position_scale)
 
     # Parameters ------------------------------------------------------------------------------
 
@@ -148,7 +176,7 @@ class AdaptiveTransformer(nn.Module):
         residual = 1 / math.sqrt(2 * self.config.n_layers)
         for row, seed in zip(rows, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
-            for name, parameter in self.named_parameters():
+            for name, parameter in self._own_parameters():
                 leaf = name.rsplit(".", 1)[-1]
                 if leaf.endswith("norm"):
                     parameter[row].fill_(1.0)
@@ -158,6 +186,76 @@ class AdaptiveTransformer(nn.Module):
                 std *= residual if leaf in ("attention_out", "ffn_out") else 1.0
                 draw = torch.randn(shape, generator=generator, dtype=torch.float64) * std
                 parameter[row].copy_(draw)
+            self.rotation.initialise(row, generator)
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All but the rotation's, so that variants share what they have in common."""
+        named = self.named_parameters()
+        return (pair for pair in named if not pair[0].startswith("rotation."))
+
+    def decayed_parameters(self) -> set[str]:
+        """Names of the parameters that weight decay is for: matrices and embeddings."""
+        return {name for name, parameter in self._own_parameters() if parameter.dim() > 2}
+
+    def parameter_levels(self) -> dict[str, Tensor]:
+        """The width level of every element of every parameter, shaped like one replica's.
+
+        An element belongs to the lowest level at which it takes part; it is inactive while
+        that level's gate is 0.
+        """
+        knobs = self.knobs
+        heads = knobs.head_channel_level[:: self.config.head_dim]
+        levels = self.rotation.levels(heads, knobs.channel_level)
+        rotation = {f"rotation.{name}": level for name, level in levels.items()}
+        return {**knobs.parameter_levels(), **rotation}
+
+    @torch.no_grad()
+    def fold_rotations_(self) -> "AdaptiveTransformer":
+        """Multiplies the static matrices into the projections, for good: same logits, no cost.
+
+        For deployment: the matrices and their parameters are gone afterwards, the strength in
+        force is baked in, and an optimizer made before still holds what is gone.
+
+        Raises:
+            ValueError: If no part of the rotation is static.
+        """
+        rotary = self.config.rotary
+        if not rotary.static_matrices:
+            raise ValueError(
+                f"There is nothing to fold in rotation {self.config.rotation!r}: what it has "
+                f"depends on positions or tokens"
+            )
+        matrices = self.rotation.prepare(1, self.knobs.rotation_strength)
+        for layer, block in enumerate(self.blocks):
+            qkv = cast(nn.ParameterDict, block)["qkv"]
+            qkv.copy_(fold(qkv, matrices, layer, self.config.n_heads))
+        self.config = replace(self.config, rotation=rotary.without_static_matrices())
+        self.knobs.config = self.config
+        kept = self.rotation.state_dict()
+        self.rotation = self._build_rotation(self.embedding.device, self.embedding.dtype)
+        self.rotation.load_state_dict({name: kept[name] for name in self.rotation.state_dict()})
+        self.refresh()
+        return self
+
+    def generate(
+        self,
+        tokens: Int[Tensor, "replica batch seq"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "replica batch longer"]:
+        """Continues sequences, one sampled token after the other; see `models.generation`."""
+        return generate(
+            self,
+            tokens,
+            max_new_tokens,
+            context=self.config.context,
+            temperature=temperature,
+            top_p=top_p,
+            generator=generator,
+        )
 
     def count_parameters(self) -> int:
         """Parameters of one replica."""
@@ -169,29 +267,50 @@ class AdaptiveTransformer(nn.Module):
         self,
         tokens: Int[Tensor, "replica batch seq"],
         noise: Noise | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "replica batch seq vocab"]:
         """Next-token logits.
 
         Args:
-            tokens: Token ids of each replica.
+            tokens: Token ids of each replica; with a cache, those that follow what it holds.
             noise: Where each replica's dropout noise comes from; without it dropout is off.
+            cache: Of the tokens before; what is computed is added to it.
         """
-        n, batch, seq = tokens.shape
-        if n != self.n_replicas or seq > self.config.context:
+        n, _, seq = tokens.shape
+        before = 0 if cache is None else cache.length
+        if n != self.n_replicas or before + seq > self.config.context:
             raise ValueError(
                 f"tokens must have shape [{self.n_replicas}, batch, at most "
-                f"{self.config.context}], got {list(tokens.shape)}"
+                f"{self.config.context - before}], got {list(tokens.shape)}"
             )
-        state = self._prepare(batch * seq, noise)
+        if cache is None:
+            return self._logits(tokens, noise, None)
+        if noise is not None:
+            raise ValueError("A cache is for generating; dropout noise is for training")
+        stale = cache.version != self.knobs.version
+        if before and (stale or not self.rotation.extends(before, before + seq)):
+            assert cache.tokens is not None
+            tokens = torch.cat((cache.tokens, tokens), dim=2)
+            cache.clear()
+        logits = self._logits(tokens, None, cache)
+        cache.append_tokens(tokens, self.knobs.version)
+        return logits[:, :, -seq:]
+
+    def _logits(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> Tensor:
+        state = self._prepare(tokens, noise, cache)
         x = self._embed(tokens.flatten(1), state)
-        for module in self.blocks:
+        for layer, module in enumerate(self.blocks):
             block = cast(nn.ParameterDict, module)
-            x = x + self._attention(_normalise(x, state), block, state, batch)
+            x = x + self._attention(_normalise(x, state), block, state, layer)
             x = x + self._feed_forward(_normalise(x, state), block, state)
         weight = self.unembedding[:, : state.d_model] * self.final_norm[:, : state.d_model, None]
-        return torch.bmm(_normalise(x, state), weight).view(n, batch, seq, -1)
+        return torch.bmm(_normalise(x, state), weight).view(*tokens.shape, -1)
 
-    def _prepare(self, n_tokens: int, noise: Noise | None) -> _Pass:
+    def penalty(self) -> Float[Tensor, " replica"]:
+        """What the rotation adds to the loss: its weight times ||R R^T - I||_F^2."""
+        return self.knobs.orthogonality_weight * self.rotation.penalty()
+
+    def _prepare(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> _Pass:
         config, knobs = self.config, self.knobs
         share = config.width_levels[knobs.top_level] if self.sliced else 1.0
         d, hidden = round(config.d_model * share), round(config.hidden_units * share)
@@ -199,9 +318,11 @@ class AdaptiveTransformer(nn.Module):
         gates = knobs.gates.to(self.embedding.dtype)
         channel = gates[:, knobs.channel_level[:d]]
         head_channels = gates[:, knobs.head_channel_level[: heads * config.head_dim]]
+        _, batch, seq = tokens.shape
         keep = None
         if noise is not None and knobs.dropout_on:
-            keep = self._keep_masks(n_tokens, noise, d)
+            keep = self._keep_masks(batch * seq, noise, d)
+        offset = 0 if cache is None else cache.length
         return _Pass(
             gate_model=channel[:, None, :],
             gate_heads=head_channels.repeat(1, 3)[:, None, :],
@@ -212,6 +333,9 @@ class AdaptiveTransformer(nn.Module):
             hidden=hidden,
             span=knobs.shared_span if self.sliced else None,
             keep=keep,
+            rotary=self.rotation.prepare(offset + seq, knobs.rotation_strength, offset),
+            batch=batch,
+            cache=cache,
         )
 
     def _keep_masks(self, n_tokens: int, noise: Noise, d: int) -> list[Tensor]:
@@ -231,25 +355,47 @@ class AdaptiveTransformer(nn.Module):
             table = table * state.gate_model
         return _drop(table[rows, tokens], state)
 
-    def _attention(self, x: Tensor, block: nn.ParameterDict, state: _Pass, batch: int) -> Tensor:
+    def _attention(self, x: Tensor, block: nn.ParameterDict, state: _Pass, layer: int) -> Tensor:
         n, n_tokens, d = x.shape
         heads, head_dim = state.n_heads, self.config.head_dim
+        rotary = self.config.rotary
         weight = block["qkv"]
         if heads < self.config.n_heads:
             weight = weight.unflatten(2, (3, -1))[:, :d, :, : heads * head_dim].flatten(2)
         weight = self._gated(weight * block["attention_norm"][:, :d, None], state.gate_heads)
-        qkv = torch.bmm(x, weight).view(n, batch, -1, 3 * heads, head_dim)
-        qk, v = qkv.split((2 * heads, heads), dim=3)
-        q, k = self.rotation(qk).permute(0, 1, 3, 2, 4).split(heads, dim=2)
+        weight = fold(weight, state.rotary, layer, heads)
+        qkv = torch.bmm(x, weight).view(n, state.batch, -1, 3, heads, head_dim)
+        before = None if state.cache is None else state.cache.last_angles(layer)
+        angles = self.rotation.conditional_angles(x, layer, heads, state.batch, before)
+        turn = LayerTurn(state.rotary, layer, heads, angles, rotary.polar)
+        qk, v = qkv.split((2, 1), dim=3)
+        q, k = turn.queries_keys(qk).permute(3, 0, 1, 4, 2, 5).unbind()
+        v = v.squeeze(3)
+        if rotary.value_rotation:
+            v = turn.values(v)
         v = v.permute(0, 1, 3, 2, 4)
-        if state.span is None:
-            seq = n_tokens // batch
-            out = masked_attention(q, k, v, self.knobs.span_bias[:, :seq, :seq])
-        else:
-            out = banded_attention(q, k, v, state.span, self.config.ramp)
-        out = out.permute(0, 1, 3, 2, 4).reshape(n, n_tokens, heads * head_dim)
+        if state.cache is not None:
+            k, v = state.cache.append(layer, k, v, angles)
+        out = self._attend(q, k, v, state, layer).permute(0, 1, 3, 2, 4)
+        if rotary.value_rotation:
+            out = turn.values(out, back=True)
+        out = out.reshape(n, n_tokens, heads * head_dim)
         back = self._gated(block["attention_out"][:, : heads * head_dim, :d], state.gate_model)
         return _drop(torch.bmm(out, back), state)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: _Pass, layer: int) -> Tensor:
+        relative = state.rotary
+        by_distance = layer_heads(relative.by_distance, layer, state.n_heads)
+        offset, seq = k.shape[3] - q.shape[3], k.shape[3]
+        if state.span is not None and state.cache is None and relative.bias is None:
+            return banded_attention(q, k, v, state.span, self.config.ramp, by_distance)
+        bias = self.knobs.span_bias_rows(offset, seq)[:, None]
+        if by_distance is not None:
+            bias = bias + toeplitz(by_distance)
+        any_bias = layer_heads(relative.bias, layer, state.n_heads)
+        if any_bias is not None:
+            bias = bias + any_bias
+        return masked_attention(q, k, v, bias.to(q.dtype))
 
     def _feed_forward(self, x: Tensor, block: nn.ParameterDict, state: _Pass) -> Tensor:
         d, hidden = state.d_model, state.hidden

@@ -1,6 +1,21 @@
-"""Rotation variants: how positions enter queries and keys, one interface for all of them."""
+"""Rotation variants: how positions enter attention, one interface for all of them."""
 
-from models.rotary.base import Rotation, build_rotation, rotation_names
-from models.rotary.rope import Rope
+from models.rotary.component import Shape
+from models.rotary.config import VARIANTS, RotationConfig, parse_rotation, rotation_names
+from models.rotary.frequencies import useful_base
+from models.rotary.rotary import Rotary
+from models.rotary.turning import LayerTurn, RotaryPass, fold, layer_heads
 
-__all__ = ["Rope", "Rotation", "build_rotation", "rotation_names"]
+__all__ = [
+    "VARIANTS",
+    "LayerTurn",
+    "Rotary",
+    "RotaryPass",
+    "RotationConfig",
+    "Shape",
+    "fold",
+    "layer_heads",
+    "parse_rotation",
+    "rotation_names",
+    "useful_base",
+]

@@ -32,7 +32,7 @@ def narrow(model, width, rows=(0,)):
 
 def flat_levels(model):
     """The width level of each column of the optimizer's buffer."""
-    levels = model.knobs.parameter_levels()
+    levels = model.parameter_levels()
     return torch.cat([levels[name].flatten() for name, _ in model.named_parameters()])
 
 

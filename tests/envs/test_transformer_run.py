@@ -352,7 +352,7 @@ def test_narrow_width_freezes_the_rest_of_the_row_bit_for_bit(start):
     before = run.state_dict([0])
     run.advance(4)
     after = run.state_dict([0])
-    levels = run.model.knobs.parameter_levels()
+    levels = run.model.parameter_levels()
     level = torch.cat([levels[n].flatten() for n, _ in run.model.named_parameters()])
     for name in ("values", "moment1", "moment2"):
         assert torch.equal(after[name][:, level > 1], before[name][:, level > 1]), name

@@ -42,7 +42,7 @@ def reference(q, k, v, span, ramp):
 
 def bias(seq, spans, ramp, dtype=torch.float64):
     distance = causal_distance(seq, device=torch.device("cpu"), dtype=dtype)
-    return span_log_weight(distance, torch.tensor(spans, dtype=dtype), ramp)
+    return span_log_weight(distance, torch.tensor(spans, dtype=dtype), ramp)[:, None]
 
 
 def gradients(out, inputs):
@@ -119,7 +119,7 @@ def test_each_replica_has_its_own_span(seq):
 
 
 def test_the_ramp_weighs_one_up_to_the_span_then_falls_linearly_to_zero():
-    weight = bias(12, [4.0], 3.0)[0].exp()[-1].flip(0)  # by distance
+    weight = bias(12, [4.0], 3.0)[0, 0].exp()[-1].flip(0)  # by distance
     wanted = [1, 1, 1, 1, 1, 2 / 3, 1 / 3, 0, 0, 0, 0, 0]
     torch.testing.assert_close(weight, torch.tensor(wanted, dtype=torch.float64))
 

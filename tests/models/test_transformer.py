@@ -55,7 +55,7 @@ def test_masked_and_sliced_execution_agree_in_values_and_gradients(
     (masked, masked_grads), (sliced_out, sliced_grads) = results
     close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(sliced_out, masked, **close)
-    levels = model.knobs.parameter_levels()
+    levels = model.parameter_levels()
     for name, grad in sliced_grads.items():
         torch.testing.assert_close(grad, masked_grads[name], **close, msg=name)
         inactive = levels[name] > model.knobs.top_level

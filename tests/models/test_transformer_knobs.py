@@ -150,7 +150,7 @@ def test_parameter_levels_name_exactly_the_parameters_that_get_a_gradient():
         model.knobs.settle_gates([0])
         model.zero_grad()
         model(seen).square().sum().backward()
-        for name, level in model.knobs.parameter_levels().items():
+        for name, level in model.parameter_levels().items():
             grad = model.get_parameter(name).grad[0]
             inactive = level > top
             assert (grad[inactive] == 0).all(), name

@@ -1,0 +1,111 @@
+"""One learned matrix per head, orthogonally initialised, in four parametrisations."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.rotary.component import Component, Shape, draw
+from models.rotary.pairs import at_least_float32
+
+PARAMETRISATIONS = ("free", "cayley", "exp", "householder")
+
+
+def skew(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """The skew-symmetric matrix of a strict lower triangle."""
+    lower = weight.tril(-1)
+    return lower - lower.transpose(-2, -1)
+
+
+def cayley(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """(I + A)^-1 (I - A): every rotation without an eigenvalue of -1."""
+    a = skew(weight)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.linalg.solve(eye + a, eye - a)
+
+
+def exponential(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """exp(A): every rotation."""
+    return torch.linalg.matrix_exp(skew(weight))
+
+
+def householder(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """H_1 ... H_dim with H_k = I - 2 v_k v_k^T / |v_k|^2, v_k the columns of the weight.
+
+    By the compact form I - V T V^T, T^-1 = striu(V^T V) + diag(V^T V) / 2 (Joffrain et al. 2006).
+    """
+    v = weight / weight.norm(dim=-2, keepdim=True)
+    gram = v.transpose(-2, -1) @ v
+    inverse = gram.triu(1) + 0.5 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    solved = torch.linalg.solve_triangular(inverse, v.transpose(-2, -1), upper=True)
+    return torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) - v @ solved
+
+
+_MAPS = {
+    "free": lambda weight: weight,
+    "cayley": cayley,
+    "exp": exponential,
+    "householder": householder,
+}
+
+
+def random_rotation(n: int, dim: int, generator: torch.Generator) -> Float[Tensor, "n dim dim"]:
+    """Uniformly distributed rotations (Haar measure, determinant 1), float64."""
+    q, r = torch.linalg.qr(draw((n, dim, dim), generator))
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+    q[:, :, 0] *= torch.linalg.det(q).sign()[:, None]
+    return q
+
+
+def _skew_logarithm(rotation: Tensor) -> Tensor:
+    """The real logarithm of rotations, float64."""
+    values, vectors = torch.linalg.eig(rotation)
+    log = (vectors * values.log()[:, None, :]) @ torch.linalg.inv(vectors)
+    return (log.real - log.real.transpose(-2, -1)) / 2
+
+
+def orthogonality_defect(
+    matrix: Float[Tensor, "replica layer head dim dim"],
+) -> Float[Tensor, " replica"]:
+    """||R R^T - I||_F^2, averaged over layers and heads."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return (matrix @ matrix.transpose(-2, -1) - eye).square().sum((-2, -1)).mean((1, 2))
+
+
+class OrthogonalMatrix(Component):
+    """A learned matrix R per head, a random rotation at the start.
+
+    Args:
+        shape: Sizes.
+        parametrisation: `"free"` (any matrix, kept near orthogonal by a penalty), or one that
+            cannot leave the orthogonal matrices: `"cayley"`, `"exp"`, `"householder"`.
+        n_layers: Layers that have a matrix of their own; 1 shares it.
+    """
+
+    weight: Tensor
+
+    def __init__(self, shape: Shape, parametrisation: str, n_layers: int) -> None:
+        super().__init__()
+        if parametrisation not in _MAPS:
+            raise ValueError(
+                f"orthogonal must be one of {', '.join(_MAPS)}, got {parametrisation!r}"
+            )
+        self.parametrisation = parametrisation
+        dim = shape.head_dim
+        self.add("weight", shape, layer=n_layers, head=shape.n_heads, row=dim, column=dim)
+
+    def initialise(self, row: int, generator: torch.Generator) -> None:
+        size = self.weight.shape[1:]
+        rotation = random_rotation(size[0] * size[1], size[-1], generator)
+        if self.parametrisation == "cayley":
+            eye = torch.eye(size[-1], dtype=rotation.dtype)
+            rotation = torch.linalg.solve(eye + rotation, eye - rotation)
+        elif self.parametrisation == "exp":
+            rotation = _skew_logarithm(rotation)
+        elif self.parametrisation == "householder":
+            rotation = draw(rotation.shape, generator)
+        self.weight[row].copy_(rotation.view(size))
+
+    def forward(self) -> Float[Tensor, "replica layer head dim dim"]:
+        """The matrices, to be applied as x @ R."""
+        matrix: Tensor = _MAPS[self.parametrisation](at_least_float32(self.weight))
+        return matrix
