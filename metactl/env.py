@@ -126,7 +126,8 @@ class ControlLoop:
     def draw_episode(self, seed: int, index: int) -> Episode:
         """The `index`-th episode of an environment seed."""
         rng = np.random.default_rng([seed, index])
-        task_seed, run_seed = (int(x) for x in rng.integers(0, 2**31, size=2))
+        run_seed = int(rng.integers(0, 2**31))
+        task_seed = spread_seed(index, seed)
         positions = self.knobs.default_positions(1)[0]
         if rng.random() < self.config.random_start:
             positions = rng.random(len(self.knobs))
@@ -204,6 +205,16 @@ class ControlLoop:
     @staticmethod
     def _own_arrays() -> tuple[str, ...]:
         return ("positions", "last_moves", "available", "control_step", "value", "start_loss")
+
+
+def spread_seed(stream: int, place: int) -> int:
+    """A task seed; consecutive places of a stream give consecutive seeds.
+
+    Task families spread what they draw evenly over consecutive seeds, so that the tasks played
+    side by side are alike as a set, not only on average.
+    """
+    base = int(np.random.default_rng([stream, 0x5EED]).integers(2**31))
+    return (base + place) % 2**31
 
 
 def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:

@@ -51,15 +51,15 @@ class Evaluation:
 def paired_episodes(n_tasks: int, seed: int, positions: FloatArray) -> list[Episode]:
     """Episodes that all arms share but for where their knobs begin."""
     rng = np.random.default_rng([seed, _TASK_STREAM])
-    seeds = rng.integers(0, 2**31, size=(n_tasks, 2))
+    first, *run_seeds = (int(x) for x in rng.integers(0, 2**31, size=n_tasks + 1))
     return [
         Episode(
-            task_seed=int(task),
-            run_seed=int(run),
+            task_seed=(first + i) % 2**31,
+            run_seed=run_seed,
             positions=positions,
             available=np.ones(len(positions)),
         )
-        for task, run in seeds
+        for i, run_seed in enumerate(run_seeds)
     ]
 
 

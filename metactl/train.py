@@ -26,7 +26,8 @@ from metactl.vec_env import ShardVecEnv
 logger = logging.getLogger(__name__)
 
 
-_CALIBRATION_SEED = 1 << 30  # far from the seeds of training
+_SEED_BITS = 16  # environment seeds of one training seed, so that two seeds share no task
+_CALIBRATION_SEED = 1 << 15  # the upper half of them
 
 
 class Normaliser(BaseFeaturesExtractor):
@@ -90,7 +91,7 @@ def train(
             pending = scalars["pending"]
         else:
             scale, env.reward_unit = _calibrate(model, env)
-            env.seed(config.seed)
+            env.seed(config.seed << _SEED_BITS)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         shards.call_all("set_reward_scale", scale)
@@ -144,7 +145,7 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[float, float]:
     n_control_steps = env.shards.describe()["n_control_steps"]
     n_knobs = len(env.shards.describe()["knobs"])
     env.shards.call_all("set_reward_scale", 1.0)
-    env.seed(_CALIBRATION_SEED + 10_000 * (model.seed or 0))
+    env.seed(((model.seed or 0) << _SEED_BITS) + _CALIBRATION_SEED)
     rng = np.random.default_rng(model.seed)
     resting = np.arange(env.num_envs) % 2 == 0
     observations: list[Any] = [env.reset()]

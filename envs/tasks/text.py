@@ -10,6 +10,7 @@ from envs.tasks.corpus import Corpus
 
 PROBE_SEQUENCES = 16
 TEST_SEQUENCES = 48
+_GOLDEN = (5**0.5 - 1) / 2
 _HELD_OUT_SHARE = 0.3  # of a corpus too short for the full held-out stretch
 
 
@@ -71,7 +72,8 @@ class TextFamily:
                 f"context of {self.context} needs {math.ceil(2 * window / _HELD_OUT_SHARE)}"
             )
         low, high = np.log(self.unique_bytes)
-        train_bytes = min(int(np.exp(rng.uniform(low, high)) + 1e-6), longest)
+        share = seed * _GOLDEN % 1.0  # consecutive seeds: evenly spread sizes
+        train_bytes = min(int(np.exp(low + share * (high - low)) + 1e-6), longest)
         start = first + int(rng.integers(0, longest - train_bytes + 1))
         windows = start + train_bytes + window * np.arange(held_out // window)
         return TextTask(

@@ -56,6 +56,16 @@ def test_a_task_depends_on_its_seed_alone():
     assert (first.train_start, first.train_bytes) != (other.train_start, other.train_bytes)
 
 
+@pytest.mark.parametrize("first", [0, 17, 2**31 - 40])
+def test_consecutive_seeds_spread_their_sizes_evenly(first):
+    """Any 8 in a row: at least one in each quarter of the (logarithmic) range."""
+    tasks = family(size=4_000_000, unique_bytes=(100, 1_000_000))
+    for start in range(first, first + 30):
+        sizes = [tasks.sample(start + i, "meta_train").train_bytes for i in range(8)]
+        quarters = {int(np.log10(size / 100.001) + 1e-9) for size in sizes}
+        assert quarters == {0, 1, 2, 3}
+
+
 def test_sizes_are_log_uniform_over_the_range():
     tasks = family(size=4_000_000, unique_bytes=(100, 1_000_000))
     sizes = np.array([tasks.sample(seed, "meta_train").train_bytes for seed in range(400)])

@@ -240,6 +240,17 @@ def test_a_run_at_its_defaults_is_bit_for_bit_a_run_without_an_environment():
     assert env.loop.run.evaluate("test") == plain.evaluate("test")
 
 
+def test_episodes_played_side_by_side_have_consecutive_task_seeds():
+    """What task families spread over consecutive seeds is then spread over every update."""
+    loop = toys(1).loop
+    for index in (0, 1, 5):
+        seeds = [loop.draw_episode(seed, index).task_seed for seed in range(70, 78)]
+        assert seeds == list(range(seeds[0], seeds[0] + 8))
+    assert abs(loop.draw_episode(70, 0).task_seed - loop.draw_episode(70, 1).task_seed) > 1000
+    runs = {loop.draw_episode(seed, 0).run_seed for seed in range(70, 78)}
+    assert len(runs) == 8
+
+
 @pytest.mark.parametrize("make", [population, lambda n: toys(n, random_start=0.5, freeze=0.3)])
 def test_a_population_resumes_bit_for_bit_from_its_state(make):
     env, n_knobs = make(2), make(2).single_action_space.shape[0]
