@@ -59,7 +59,7 @@ class ReplicatedAdamW:
         """
         levels, decayed = model.parameter_levels(), model.decayed_parameters()
         groups, blocks = [], []
-        for i, (name, p) in enumerate(model.named_parameters()):
+        for i, (name, _) in enumerate(model.named_parameters()):
             level = levels[name].flatten()
             groups.append(level if name in decayed else level + n_levels)
             blocks.append(torch.full_like(level, i))

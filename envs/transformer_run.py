@@ -25,6 +25,7 @@ from models import (
     training_flops,
 )
 
+_PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM = 1, 2, 3
 
 
@@ -334,14 +335,27 @@ class AdaptiveTransformerRun(TrainingRun):
         model.load_state_dict(state)
         return model
 
+    def sample(self, row: int, n_tokens: int) -> str:
+        """Continues the start of a test sequence; bytes that are no UTF-8 show as U+FFFD."""
+        prompt = self._rows["test"][row, :1, :_PROMPT_BYTES]
+        generator = torch.Generator(self.device).manual_seed(int(self._rows["seed"][row]))
+        written = self.export(row).generate(
+            prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
+        )
+        return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")
+
 
 def transformer_knobs(config: RunConfig) -> tuple[Knob, ...]:
-    """The four knobs of an adaptive transformer, with the recipe's values as defaults."""
+    """The knobs of an adaptive transformer, with the recipe's values as defaults.
+
+    The base is one of them where positions turn.
+    """
     shape = config.transformer()
+    base = Knob(
+        name="rope_base", low=4.0, high=1e6, default=shape.rope_base, scale="log2", unit="base"
+    )
     return (
-        Knob(
-            name="rope_base", low=4.0, high=1e6, default=shape.rope_base, scale="log2", unit="base"
-        ),
+        *((base,) if shape.rotary.positions == "rope" else ()),
         Knob(
             name="attention_span",
             low=min(4.0, config.context / 2),

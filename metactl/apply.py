@@ -25,10 +25,12 @@ class Application:
     Args:
         results: By arm (`"policy"`, and `"default"` with twins): one result per run.
         summary: Means and, with twins, paired differences.
+        sample: Text that the first trained model wrote, if asked for.
     """
 
     results: dict[str, list[TrialResult]]
     summary: dict[str, Any]
+    sample: str = ""
 
 
 def apply_policy(
@@ -40,6 +42,7 @@ def apply_policy(
     n_runs: int,
     seed: int,
     compare: bool,
+    sample_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Application:
     """Trains new models under a policy and saves them as `run_dir/model-I`.
@@ -52,6 +55,7 @@ def apply_policy(
         n_runs: New training runs.
         seed: Determines data, weights, batches and noise.
         compare: Also train paired twins at default knobs.
+        sample_bytes: How much the first trained model shall write.
         progress: Told about every control step.
     """
     env = make_population(env_id, n_runs * (2 if compare else 1), options)
@@ -74,11 +78,12 @@ def apply_policy(
         results = play(loop, trials, on_step)
     for row in range(n_runs):
         _save_model(loop.run.export(row), run_dir / f"model-{row}")
+    sample = loop.run.sample(0, sample_bytes) if sample_bytes else ""
     env.close()
     by_arm: dict[str, list[TrialResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
-    return Application(results=by_arm, summary=summarise(by_arm))
+    return Application(results=by_arm, summary=summarise(by_arm), sample=sample)
 
 
 def _scalars(step: Step, n_runs: int) -> dict[str, float]:

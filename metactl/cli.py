@@ -21,6 +21,8 @@ class Train:
     """YAML file, or the name of a packaged recipe such as 'train' or 'demo'."""
     data: Path | None = None
     """File or folder of text to train on (default: the Python standard library's sources)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     total_timesteps: int | None = None
     """Control steps to learn from, over all runs."""
     n_envs: int | None = None
@@ -61,6 +63,8 @@ class Apply:
     """Peak learning rate."""
     unique_bytes: int | None = None
     """Bytes of training data (default: all of --data, or drawn as in the policy's training)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     device: str | None = None
     """Torch device, such as cpu or cuda."""
     n_runs: int = 1
@@ -69,6 +73,8 @@ class Apply:
     """Determines data, weights, batches and noise."""
     compare: bool = False
     """Also train paired twins at default knobs, and print the paired table."""
+    sample: int = 0
+    """Bytes of text to print that the first trained model writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,8 @@ class Evaluate:
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
     optimizer_steps: int | None = None
     """Optimizer steps per run (default: as in the policy's training)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     n_envs: int = 16
     """Training runs per worker process."""
     n_workers: int = -1
@@ -117,6 +125,8 @@ class Demo:
     """Directory for everything the demo makes; an earlier demo in it is replaced."""
     config: str = "demo"
     """YAML file, or the name of a packaged recipe."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
 
 
 Command = (
@@ -126,6 +136,9 @@ Command = (
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
+
+
+_ROTATION = "environment.options.rotation"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,6 +195,7 @@ def _train(command: Train) -> int:
         "environment.n_envs": command.n_envs,
         "environment.n_workers": command.n_workers,
         "environment.options.data": None if command.data is None else str(command.data),
+        _ROTATION: command.rotation,
         "seed": command.seed,
     }
     changes |= {key: value for key, value in flags.items() if value is not None}
@@ -214,7 +228,10 @@ def _apply(command: Apply) -> int:
     policy = Policy.load(command.policy)
     if command.n_runs < 1:
         raise ConfigError(f"--n-runs must be at least 1, got {command.n_runs}")
-    flags = ("d_model", "n_layers", "n_heads", "context", "batch_size", "learning_rate", "device")
+    if command.sample < 0:
+        raise ConfigError(f"--sample must be at least 0 bytes, got {command.sample}")
+    shape = ("d_model", "n_layers", "n_heads", "context", "rotation")
+    flags = (*shape, "batch_size", "learning_rate", "device")
     changes = {name: getattr(command, name) for name in flags}
     changes["horizon"] = command.optimizer_steps
     if command.unique_bytes is not None:
@@ -237,6 +254,7 @@ def _apply(command: Apply) -> int:
             n_runs=command.n_runs,
             seed=command.seed,
             compare=command.compare,
+            sample_bytes=command.sample,
             progress=progress,
         )
     write_json(run_dir / "summary.json", done.summary)
@@ -245,6 +263,8 @@ def _apply(command: Apply) -> int:
     draw_runs(run_dir / "runs.png", arms, "New runs under the policy")
     console().print(paired_table(done.summary, f"{command.n_runs} new runs"))
     print(f"Models: {run_dir}/model-*   Picture: {run_dir / 'runs.png'}")
+    if done.sample:
+        print(f"What the first model writes:\n{done.sample}")
     _print_next(f"tensorboard --logdir {run_dir / 'tb'}")
     return 0
 
@@ -268,7 +288,9 @@ def _evaluate(command: Evaluate) -> int:
         if path is not None:
             path.resolve().parent.mkdir(parents=True, exist_ok=True)
     settings = [parse_setting(text) for text in command.static]
-    env_id, options = deployment(policy, data=command.data, horizon=command.optimizer_steps)
+    env_id, options = deployment(
+        policy, data=command.data, horizon=command.optimizer_steps, rotation=command.rotation
+    )
     workers = default_workers() if command.n_workers < 0 else command.n_workers
     with (
         ShardRow(env_id, command.n_envs, options, workers) as shards,
@@ -310,7 +332,8 @@ def _demo(command: Demo) -> int:
     from metactl.config import TrainConfig, find_config, read_config
     from metactl.demo import DemoPlan, run_demo
 
-    config = read_config(TrainConfig, find_config(command.config), {})
+    rotation = {} if command.rotation is None else {_ROTATION: command.rotation}
+    config = read_config(TrainConfig, find_config(command.config), rotation)
     run_dir = run_demo(command.run_dir, config, DemoPlan())
     policy = run_dir / "policy"
     print(f"Report: {run_dir / 'summary.json'}   Picture: {run_dir / 'demo.png'}")

@@ -195,11 +195,17 @@ def find_config(name: str) -> Path:
         return path
     here = Path(__file__).resolve().parent
     folders = [here / "configs", here.parent / "configs"]  # in a wheel; in a checkout
-    recipes = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-    found = recipes.get(path.stem) if path.parent in (Path(), Path("configs")) else None
+    recipes = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for folder in folders
+        for file in sorted(folder.rglob("*.yaml"))
+    }
+    found = recipes.get(path.with_suffix("").as_posix().removeprefix("configs/"))
     if found is None:
         raise ConfigError(
-            f"Config {name!r} is neither a file nor a recipe. Recipes: {', '.join(recipes)}"
+            f"Config {name!r} is neither a file nor a recipe. "
+            f"Recipes: {', '.join(name for name in recipes if '/' not in name)}, and "
+            f"variants/NAME for each rotation"
         )
     return found
 

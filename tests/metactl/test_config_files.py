@@ -16,6 +16,7 @@ from metactl.config import (
     parse_assignment,
     read_config,
 )
+from models.rotary import rotation_names
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
@@ -203,8 +204,9 @@ def test_a_recipe_is_found_by_path_and_by_name_and_else_the_recipes_are_listed(t
     own.write_text("seed: 1")
     assert find_config(str(own)) == own
     recipes = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    for name in recipes:
-        assert find_config(name).samefile(RECIPES / f"{name}.yaml")
+    for name in [*recipes, "variants/givens", "configs/variants/givens.yaml"]:
+        file = f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+        assert find_config(name).samefile(RECIPES / file)
     with pytest.raises(ConfigError, match="neither a file nor a recipe") as caught:
         find_config("no-such-recipe")
     assert all(name in str(caught.value) for name in recipes)
@@ -212,19 +214,30 @@ def test_a_recipe_is_found_by_path_and_by_name_and_else_the_recipes_are_listed(t
 
 def test_every_recipe_says_its_command_and_holds_only_what_differs_from_the_defaults():
     kinds = {"train": TrainConfig, "demo": TrainConfig}
-    for path in sorted(RECIPES.iterdir()):
+    for path in sorted(RECIPES.rglob("*.yaml")):
         first, *_ = path.read_text().splitlines()
         words = shlex.split(first.removeprefix("# "))
         assert words[0] == "metactl", path.name
         assert words[1] in kinds, f"{path.name}: which configuration does {words[1]!r} read?"
         if "--config" in words:
-            assert words[words.index("--config") + 1] == f"configs/{path.name}"
+            named = words[words.index("--config") + 1]
+            assert find_config(named).samefile(path), path.name
         config = read_config(kinds[words[1]], path, {})
         held = flat(yaml.safe_load(path.read_text()))
         defaults, full = flat(dump(kinds[words[1]]())), flat(dump(config))
         for key, value in held.items():
             assert full[key] == value, (path.name, key)
             assert defaults.get(key) != value, f"{path.name}: {key} is the default"
+
+
+def test_every_rotation_variant_has_a_recipe_that_says_why_in_a_line():
+    recipes = {path.stem: path for path in (RECIPES / "variants").glob("*.yaml")}
+    assert sorted(recipes) == rotation_names()
+    for name, path in recipes.items():
+        _, why, *_ = path.read_text().splitlines()
+        assert why.startswith("# ") and why.endswith(".") and len(why) > 30
+        options = read_config(TrainConfig, path, {}).environment.options
+        assert options.get("rotation", "rope") == name
 
 
 def flat(values, prefix=""):

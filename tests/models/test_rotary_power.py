@@ -60,9 +60,7 @@ NO_OPS = {
     "a rotation inside the RoPE planes": logits(
         rope(X @ W_Q @ in_planes()), rope(X @ W_K @ in_planes())
     ),
-    "a phase shared by q and k": logits(
-        rope(phase(X @ W_Q, ANGLES)), rope(phase(X @ W_K, ANGLES))
-    ),
+    "a phase shared by q and k": logits(rope(phase(X @ W_Q, ANGLES)), rope(phase(X @ W_K, ANGLES))),
 }
 
 

@@ -1,0 +1,122 @@
+"""The environment's contract holds with every rotation variant."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from envs.transformer_run import RunConfig, build_run, transformer_knobs
+from models.rotary import rotation_names
+
+NAMES = [*rotation_names(), "block+conditional+t5", "nope+alibi"]
+TINY = {
+    "d_model": 16,
+    "n_layers": 2,
+    "context": 16,
+    "batch_size": 2,
+    "horizon": 12,
+    "dtype": "float64",
+    "unique_bytes": (500, 5_000),
+}
+SEEDS = [11, 22, 33]
+KNOBS = {
+    "rope_base": [50.0, 10_000.0, 700.0],
+    "attention_span": [4.0, 16.0, 9.5],
+    "embedding_width": [0.5, 1.0, 0.25],
+    "dropout": [0.1, 0.3, 0.0],
+}
+
+
+def start(seeds, rotation, **options):
+    run = build_run(len(seeds), {**TINY, "rotation": rotation, **options})
+    run.reset(range(len(seeds)), [run.sample_task(s) for s in seeds], seeds)
+    run.apply(knobs_for(run, seeds))
+    return run
+
+
+def knobs_for(run, seeds):
+    return {
+        knob.name: np.array([KNOBS[knob.name][SEEDS.index(seed)] for seed in seeds])
+        for knob in run.knobs
+    }
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_a_run_depends_on_neither_its_row_nor_its_neighbours_and_resumes_exactly(rotation):
+    together, alone = start(SEEDS, rotation), start([22], rotation)
+    measured = [run.advance(6) for run in (together, alone)]
+    left, right = measured[0].probe_loss[1], measured[1].probe_loss[0]
+    assert left == pytest.approx(right, abs=1e-9)
+    together.copy_rows([1], [2])  # row 2 now goes on as row 1 does
+    later = together.advance(6)
+    assert later.probe_loss[2] == later.probe_loss[1]
+    assert later.probe_loss[1] == pytest.approx(alone.advance(6).probe_loss[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_a_diverged_run_leaves_its_neighbours_bit_identical(rotation):
+    runs = [start(SEEDS, rotation, dtype="float32") for _ in range(2)]
+    for run in runs:
+        run.advance(2)
+    with torch.no_grad():
+        for parameter in runs[1].model.parameters():
+            parameter[1] = torch.nan
+    whole, hurt = (run.advance(3) for run in runs)
+    assert hurt.diverged.tolist() == [False, True, False]
+    for row in (0, 2):
+        assert hurt.probe_loss[row] == whole.probe_loss[row]
+        mine, theirs = (run.state_dict([row])["values"] for run in runs)
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_an_exported_model_has_the_logits_of_its_row_and_writes_text(rotation):
+    run = start(SEEDS, rotation)
+    run.advance(3)
+    tokens = run._rows["test"][:, :3, :-1]
+    with torch.no_grad():
+        exported = run.export(0)(tokens[:1])[0]
+        torch.testing.assert_close(exported, run.model(tokens)[0], atol=1e-10, rtol=0)
+    text = run.sample(0, 20)
+    assert text == run.sample(0, 20)
+    assert len(text.encode("utf-8", "replace")) >= 20
+
+
+@pytest.mark.parametrize("rotation", NAMES)
+def test_the_environment_takes_the_rotation_by_name(rotation):
+    options = {**TINY, "n_control_steps": 4, "rotation": rotation}
+    single = gymnasium.make("envs:AdaptiveTransformer-v0", **options)
+    several = gymnasium.make_vec("envs:AdaptiveTransformer-v0", num_envs=2, **options)
+    observation, _ = single.reset(seed=5)
+    observations, _ = several.reset(seed=[9, 5])
+    np.testing.assert_allclose(observation, observations[1], atol=1e-6)
+    action = np.full(single.action_space.shape, 0.4, dtype=np.float32)
+    observation, reward, *_ = single.step(action)
+    observations, rewards, *_ = several.step(np.stack((-action, action)))
+    np.testing.assert_allclose(observation, observations[1], atol=1e-6)
+    assert reward == pytest.approx(rewards[1], abs=1e-9)
+    single.close(), several.close()
+
+
+def test_where_nothing_turns_there_is_no_base_to_move():
+    names = [knob.name for knob in transformer_knobs(RunConfig(rotation="nope"))]
+    assert names == ["attention_span", "embedding_width", "dropout"]
+
+
+def test_the_orthogonality_weight_pulls_a_free_matrix_back():
+    defects = []
+    for weight in (0.0, 3.0):
+        run = start(SEEDS, {"variant": "free", "orthogonality_weight": weight}, horizon=60)
+        run.advance(60)
+        defects.append(run.model.rotation.penalty().detach())
+    assert (defects[1] < 0.5 * defects[0]).all()
+
+
+def test_rotation_parameters_are_not_decayed():
+    run = start(SEEDS, "givens", weight_decay=0.5)
+    with torch.no_grad():
+        run.model.rotation.givens.angles.fill_(0.3)
+        run.model.knobs.rotation_strength.zero_()  # no gradient reaches the angles
+    run.advance(4)
+    assert (run.model.rotation.givens.angles == 0.3).all()
+    assert (run.model.blocks[0]["qkv"] != 0).any()
