@@ -44,7 +44,8 @@ class ReplicatedAdamW:
         n_levels = model.knobs.gates.shape[1]
         device = self.values.device
         self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
-        self._group, self._block = self._partition(model, n_levels)
+        self._group = self._partition(model, n_levels)
+        self._sizes = [p[0].numel() for p in self._parameters]
 
     def _point_parameters_at_values(self) -> None:
         start = 0
@@ -53,19 +54,16 @@ class ReplicatedAdamW:
             p.data = self.values[:, start : start + size].view(p.shape)
             start += size
 
-    def _partition(self, model: AdaptiveTransformer, n_levels: int) -> tuple[Tensor, Tensor]:
-        """One-hot `[2 * n_levels, n_params]` (level, and level without decay) and
-        `[n_params, n_blocks]` (which parameter tensor).
-        """
+    def _partition(self, model: AdaptiveTransformer, n_levels: int) -> Tensor:
+        """One-hot `[2 * n_levels, n_params]`: level, and level without decay."""
         levels, decayed = model.parameter_levels(), model.decayed_parameters()
-        groups, blocks = [], []
-        for i, (name, _) in enumerate(model.named_parameters()):
-            level = levels[name].flatten()
-            groups.append(level if name in decayed else level + n_levels)
-            blocks.append(torch.full_like(level, i))
-        one_hot = torch.nn.functional.one_hot
-        group = one_hot(torch.cat(groups), 2 * n_levels).T.contiguous()
-        return group.to(self.values), one_hot(torch.cat(blocks)).to(self.values)
+        groups = [
+            levels[name].flatten() + (0 if name in decayed else n_levels)
+            for name, _ in model.named_parameters()
+        ]
+        group = torch.cat(groups)
+        index = torch.arange(2 * n_levels, device=group.device)
+        return (group == index[:, None]).to(self.values)
 
     def collect_gradient(self) -> Float[Tensor, " replica"]:
         """Moves the parameters' gradients into the buffer; returns each replica's norm."""
@@ -111,9 +109,14 @@ class ReplicatedAdamW:
         step.addcmul_(self.values, self._expand(decay, undecayed=torch.zeros_like(decay)))
         ratios = None
         if measure:
-            ratios = ((step.square() @ self._block) / (self.values.square() @ self._block)).sqrt()
+            ratios = self._block_norms(step) / self._block_norms(self.values)
         self.values.sub_(step)
         return norm, ratios
+
+    def _block_norms(self, flat: Tensor) -> Tensor:
+        """Norm of each parameter tensor in a buffer, `[n_replicas, n_blocks]`."""
+        blocks = flat.split(self._sizes, dim=1)
+        return torch.stack([torch.linalg.vector_norm(block, dim=1) for block in blocks], dim=1)
 
     def _rate(self, beta: float, active: Tensor) -> Tensor:
         rate = (1 - beta) / (1 - beta ** self.counts.clamp(min=1))

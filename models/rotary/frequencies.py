@@ -61,11 +61,13 @@ def scaled_frequencies(
     if scaling == "yarn":
 
         def pair_that_turns(times: float) -> Tensor:
-            """Which pair (a fraction of an index) turns so often within the trained context."""
+            """Which pair (a fraction of an index) turns so often within the trained context;
+            without bound where the base is near 1 and all pairs turn alike.
+            """
             return n_channels * math.log(trained_context / (times * 2 * math.pi)) / (2 * log_base)
 
-        low = pair_that_turns(_YARN_FAST).floor().clamp(min=0)[..., None]
-        high = pair_that_turns(_YARN_SLOW).ceil().clamp(max=n_channels - 1)[..., None]
+        low = pair_that_turns(_YARN_FAST).floor().clamp(0, n_channels - 1)[..., None]
+        high = pair_that_turns(_YARN_SLOW).ceil().clamp(0, n_channels - 1)[..., None]
         high = torch.where(high == low, low + 1e-3, high)
         pair = torch.arange(plain.shape[-1], device=plain.device, dtype=plain.dtype)
         slowed = ((pair - low) / (high - low)).clamp(0, 1)

@@ -1,5 +1,7 @@
 """Orthogonal matrices as products of Givens rotations in fixed, disjoint pairs of dimensions."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -50,28 +52,73 @@ def givens_product(
     """The product over rounds, to be applied as x @ G to row vectors.
 
     In each round a pair (i < j) is turned counter-clockwise: x_i' = x_i cos - x_j sin,
-    x_j' = x_i sin + x_j cos. Rounds are multiplied two by two, so the depth is log2(rounds).
+    x_j' = x_i sin + x_j cos.
     """
-    n_rounds, dim = partner.shape
-    own = torch.arange(dim, device=partner.device)
+    own = torch.arange(partner.shape[1], device=partner.device)
     first = own < partner
     pair = torch.cumsum(first, dim=1) - 1
     pair = torch.where(first, pair, pair.gather(1, partner))
-    angle = at_least_float32(angles).gather(-1, pair.expand(*angles.shape[:-1], dim))
-    sign = torch.where(first, 1.0, -1.0).to(angle)
-    eye = torch.eye(dim, dtype=angle.dtype, device=angle.device)
-    factors = angle.cos()[..., None] * eye + (sign * angle.sin())[..., None] * eye[partner]
-    return _ordered_product(factors, n_rounds)
+    angle = at_least_float32(angles).gather(-1, pair.expand(*angles.shape[:-1], len(own)))
+    sine = angle.sin() * torch.where(first, 1.0, -1.0).to(angle)
+    multiply = product_by_pairs if angle.is_cuda else _Reversible.apply
+    product: Tensor = multiply(angle.cos(), sine, partner)
+    return product
 
 
-def _ordered_product(factors: Tensor, n: int) -> Tensor:
-    """Product of matrices along dimension -3, in order, by pairs."""
+def product_by_pairs(
+    cosine: Float[Tensor, "*batch round dim"],
+    sine: Float[Tensor, "*batch round dim"],
+    partner: Int[Tensor, "round dim"],
+) -> Float[Tensor, "*batch dim dim"]:
+    """Multiplies the rounds' matrices two by two: log2(rounds) deep, for a GPU.
+
+    Row i of a round's matrix has `cosine[i]` at i and `sine[i]` (with its sign) at the partner.
+    """
+    eye = torch.eye(partner.shape[1], dtype=cosine.dtype, device=cosine.device)
+    factors = cosine[..., None] * eye + sine[..., None] * eye[partner]
+    n = len(partner)
     while n > 1:
         even = n - n % 2
         paired = factors[..., 0:even:2, :, :] @ factors[..., 1:even:2, :, :]
         factors = paired if even == n else torch.cat((paired, factors[..., even:, :, :]), dim=-3)
         n = factors.shape[-3]
     return factors[..., 0, :, :]
+
+
+class _Reversible(torch.autograd.Function):
+    """The same round by round, a few passes over the matrix each, for a CPU.
+
+    Nothing is stored between rounds: going back, each round is undone by its transpose.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
+        dim = partner.shape[1]
+        eye = torch.eye(dim, dtype=cosine.dtype, device=cosine.device)
+        product = eye.expand(*cosine.shape[:-2], dim, dim)
+        for r in reversed(range(len(partner))):
+            product = _turned_rows(product, cosine[..., r, :], sine[..., r, :], partner[r])
+        ctx.save_for_backward(cosine, sine, partner, product)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        cosine, sine, partner, product = ctx.saved_tensors
+        grad = grads[0]
+        for_cosine, for_sine = torch.empty_like(cosine), torch.empty_like(sine)
+        for r, swap in enumerate(partner):
+            c, s = cosine[..., r, :], sine[..., r, :]
+            product = _turned_rows(product, c, -s, swap)
+            for_cosine[..., r, :] = (grad * product).sum(-1)
+            for_sine[..., r, :] = (grad * product.index_select(-2, swap)).sum(-1)
+            grad = _turned_rows(grad, c, -s, swap)
+        return for_cosine, for_sine, None
+
+
+def _turned_rows(x: Tensor, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
+    """Rows of x turned with their partners: `cosine * x + sine * x[partner]`."""
+    turned = x * cosine[..., None]
+    return turned.addcmul_(x.index_select(-2, partner), sine[..., None])
 
 
 class GivensRotations(Component):
@@ -112,5 +159,5 @@ class GivensRotations(Component):
     ) -> Float[Tensor, "replica layer head dim dim"]:
         """Matrices to be applied as x @ G; `strength` multiplies every angle."""
         angles = at_least_float32(self.angles) * strength.view(-1, 1, 1, 1, 1, 1)
-        products = givens_product(angles, self.partner)
-        return _ordered_product(products, products.shape[-3])
+        n_rotations = angles.shape[3]
+        return givens_product(angles.flatten(3, 4), self.partner.repeat(n_rotations, 1))

@@ -120,7 +120,7 @@ class Rotary(nn.Module):
         factors = config.base_factors
         if factors != (1.0,):
             of_heads = [factors[h % len(factors)] for h in range(shape.n_heads)]
-            log_base = log_base + torch.tensor(of_heads).to(log_base).log()
+            log_base = log_base + log_base.new_tensor(of_heads).log()
             log_base = log_base.clamp(min=0.0)  # a base below 1 would turn later pairs faster
         channels = config.rotary_channels(shape.head_dim) * (2 if config.polar else 1)
         trained = config.trained_on(shape.context)
@@ -177,10 +177,13 @@ class Rotary(nn.Module):
     def _gain(self, positions: Tensor) -> Tensor | None:
         gain: Tensor | None = None
         if self.config.xpos:
-            query = xpos_gain(positions, self.n_pairs)
+            turning = self.config.rotary_channels(self.shape.head_dim) // 2
+            turning *= self.n_pairs // (self.shape.head_dim // 2)
+            query = xpos_gain(positions, turning)
+            query = F.pad(query, (0, self.n_pairs - turning), value=1.0)
             gain = torch.stack((query, 1 / query), dim=1)[None, None, :, :, None]
         if self.config.scaling == "yarn":
-            root = torch.tensor(yarn_temperature(self.config.scaling_factor)).to(positions) ** 0.5
+            root = positions.new_tensor(yarn_temperature(self.config.scaling_factor)) ** 0.5
             gain = root.view((1,) * 6) if gain is None else gain * root
         if self.learned.key_phase is not None:
             phase = at_least_float32(self.learned.key_phase)[:, :, None]

@@ -27,6 +27,15 @@ KNOBS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text(tmp_path_factory):
+    """A small text for all: the standard library takes long to read so often."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    words = "a turn of the wheel tells where each word of the text stands".split()
+    path.write_text(" ".join(np.random.default_rng(0).choice(words, 5_000)))
+    TINY["data"] = str(path)
+
+
 def start(seeds, rotation, **options):
     run = build_run(len(seeds), {**TINY, "rotation": rotation, **options})
     run.reset(range(len(seeds)), [run.sample_task(s) for s in seeds], seeds)

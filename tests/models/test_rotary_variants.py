@@ -90,7 +90,7 @@ def test_the_useful_bound_is_that_of_the_paper():
 SEQ, VOCAB = 16, 8
 
 
-def copy_task(step, n=2, batch=16):
+def copy_task(step, n=1, batch=16):
     """Random tokens, repeated: the second half can be predicted by looking half a sequence back."""
     generator = torch.Generator().manual_seed(step)
     half = torch.randint(0, VOCAB, (1, batch, SEQ // 2), generator=generator)
@@ -106,17 +106,17 @@ def trainer(rotation):
     config = TransformerConfig(
         vocab_size=VOCAB, d_model=32, n_heads=4, context=SEQ, rotation=rotation, rope_base=100.0
     )
-    model = AdaptiveTransformer(config, 2)
-    model.initialise([0, 1], [1, 2])
+    model = AdaptiveTransformer(config, 1, sliced=False)
+    model.initialise([0], [1])
     return model, ReplicatedAdamW(model)
 
 
-def train(model, optimizer, steps, learning_rate=5e-3):
+def train(model, optimizer, steps, learning_rate=1e-2):
     for step in steps:
         loss = second_half_loss(model, copy_task(step))
         (loss.sum() + model.penalty().sum()).backward()
         active = model.knobs.gates > 0
-        optimizer.step(torch.full((2,), learning_rate), torch.zeros(2), active)
+        optimizer.step(torch.full((1,), learning_rate), torch.zeros(1), active)
     with torch.no_grad():
         return second_half_loss(model, copy_task(10**6))
 
@@ -126,8 +126,8 @@ def train(model, optimizer, steps, learning_rate=5e-3):
 def test_every_variant_learns_to_copy_from_half_a_sequence_back(rotation):
     """Chance is log(8) = 2.08 nats; without positions the task is much harder, but not closed."""
     model, optimizer = trainer(rotation)
-    bound = 1.9 if rotation == "nope" else 0.3
-    assert train(model, optimizer, range(300)).max() < bound
+    bound = 1.6 if rotation == "nope" else 0.3
+    assert train(model, optimizer, range(200)).max() < bound
 
 
 def test_a_base_move_in_mid_training_keeps_the_optimizer_and_what_was_learned():
@@ -158,7 +158,7 @@ def test_the_base_takes_any_value_and_stays_where_it_was_put():
         tables.append(model.rotation.table.clone())
         model.train(), model(copy_task(0)[..., :-1])
         model.eval(), model(copy_task(0)[..., :-1])  # reading moves nothing
-        assert model.knobs.values()["rope_base"].tolist() == pytest.approx([base, base])
+        assert model.knobs.values()["rope_base"].tolist() == pytest.approx([base])
     assert torch.equal(tables[1], tables[3])
     assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[1], tables[2])
 
@@ -188,7 +188,27 @@ def test_round_robin_angles_span_all_rotations_at_the_identity():
         assert torch.linalg.matrix_rank(jacobian.reshape(64, -1)) == rank
 
 
-def test_r_starts_orthogonal_and_differs_between_heads_layers_and_replicas():
+@pytest.mark.parametrize("schedule", ["round_robin", "butterfly"])
+def test_the_reversible_product_is_the_one_by_pairs_with_its_gradients(schedule):
+    from models.rotary.givens import _Reversible, partners, product_by_pairs
+
+    table = partners(schedule, 8).repeat(2, 1)
+    angles = torch.linspace(-2, 2, 3 * len(table) * 8, dtype=torch.float64)
+    angles = angles.view(3, len(table), 8).requires_grad_()
+    first = torch.arange(8) < table
+    own = torch.where(first, angles, angles.gather(2, table.expand(3, -1, -1)))
+    cosine, sine = own.cos(), own.sin() * torch.where(first, 1.0, -1.0)
+    weight = torch.linspace(-1, 1, 3 * 64, dtype=torch.float64).view(3, 8, 8)
+    results = []
+    for multiply in (_Reversible.apply, product_by_pairs):
+        product = multiply(cosine, sine, table)
+        (gradient,) = torch.autograd.grad((product * weight).sum(), angles, retain_graph=True)
+        results.append((product, gradient))
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=0)
+
+
+def test_r_starts_orthogonal_and_differs_between_heads_and_layers():
     for name in ("free", "cayley", "exp", "householder"):
         model, _ = trainer(name)
         r = model.rotation.orthogonal().detach().flatten(0, 2)
