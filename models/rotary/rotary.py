@@ -56,6 +56,7 @@ class Rotary(nn.Module):
         """The parts with parameters, by attribute name."""
         return {name: m for name, m in self.named_children() if isinstance(m, Component)}
 
+    @torch.no_grad()
     def initialise(self, row: int, generator: torch.Generator) -> None:
         """Draws fresh parameters for one replica."""
         for component in self.components().values():
