@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from metactl.errors import WorkerDied
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -162,11 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nmetactl: stopped", file=sys.stderr)
         code = 130
-    except (ValueError, ImportError) as error:
-        code = _refuse(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "ShardError" or "died" not in str(error):
-            raise  # a fault of ours: its traceback is wanted
+    except (ValueError, ImportError, WorkerDied) as error:
         code = _refuse(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

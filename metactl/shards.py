@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 
 from metactl.env import TrainingRunVectorEnv
+from metactl.errors import WorkerDied
 from metactl.reward import ImprovementReward
 from metactl.rollout import Trial, TrialResult, play
 
@@ -148,7 +149,7 @@ class _Worker:
             status, answer = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join(timeout=5)
-            raise ShardError(
+            raise WorkerDied(
                 f"A worker process died (exit code {self.process.exitcode}); "
                 f"was it killed, or out of memory?"
             ) from None

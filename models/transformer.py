@@ -2,41 +2,20 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.attention import banded_attention, masked_attention, toeplitz
 from models.cache import KeyValueCache
 from models.config import TransformerConfig
 from models.generation import generate
 from models.knobs import Knobs
+from models.layers import Pass, attention, drop, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
-from models.rotary import LayerTurn, Rotary, RotaryPass, Shape, fold, layer_heads
-
-_EPS = 1e-6
-
-
-@dataclass
-class _Pass:
-    """What one forward pass shares between its layers."""
-
-    gate_model: Tensor  # [replica, 1, d_model]
-    gate_heads: Tensor  # [replica, 1, 3 * d_model], heads of q, k and v
-    gate_hidden: Tensor  # [replica, 1, hidden]
-    inverse_width: Tensor  # [replica, 1, 1], 1 / effective number of active channels
-    d_model: int
-    n_heads: int
-    hidden: int
-    span: float | None  # shared span when sliced, else None
-    keep: list[Tensor] | None  # dropout multipliers, the next place's last
-    rotary: RotaryPass
-    batch: int
-    cache: KeyValueCache | None
+from models.rotary import Rotary, Shape, fold
 
 
 class AdaptiveTransformer(nn.Module):
@@ -301,16 +280,16 @@ class AdaptiveTransformer(nn.Module):
         x = self._embed(tokens.flatten(1), state)
         for layer, module in enumerate(self.blocks):
             block = cast(nn.ParameterDict, module)
-            x = x + self._attention(_normalise(x, state), block, state, layer)
-            x = x + self._feed_forward(_normalise(x, state), block, state)
+            x = x + attention(normalise(x, state), block, state, layer)
+            x = x + feed_forward(normalise(x, state), block, state)
         weight = self.unembedding[:, : state.d_model] * self.final_norm[:, : state.d_model, None]
-        return torch.bmm(_normalise(x, state), weight).view(*tokens.shape, -1)
+        return torch.bmm(normalise(x, state), weight).view(*tokens.shape, -1)
 
     def penalty(self) -> Float[Tensor, " replica"]:
         """What the rotation adds to the loss: its weight times ||R R^T - I||_F^2."""
         return self.knobs.orthogonality_weight * self.rotation.penalty()
 
-    def _prepare(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> _Pass:
+    def _prepare(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> Pass:
         config, knobs = self.config, self.knobs
         share = config.width_levels[knobs.top_level] if self.sliced else 1.0
         d, hidden = round(config.d_model * share), round(config.hidden_units * share)
@@ -323,7 +302,10 @@ class AdaptiveTransformer(nn.Module):
         if noise is not None and knobs.dropout_on:
             keep = self._keep_masks(batch * seq, noise, d)
         offset = 0 if cache is None else cache.length
-        return _Pass(
+        return Pass(
+            config=config,
+            knobs=knobs,
+            rotation=self.rotation,
             gate_model=channel[:, None, :],
             gate_heads=head_channels.repeat(1, 3)[:, None, :],
             gate_hidden=gates[:, None, knobs.hidden_level[:hidden]],
@@ -348,81 +330,9 @@ class AdaptiveTransformer(nn.Module):
         masks = keep_mask(raw, self.knobs.dropout, self.embedding.dtype)
         return list(reversed(masks.unbind(1)))
 
-    def _embed(self, tokens: Tensor, state: _Pass) -> Tensor:
+    def _embed(self, tokens: Tensor, state: Pass) -> Tensor:
         rows = torch.arange(self.n_replicas, device=tokens.device)[:, None]
         table = self.embedding[:, :, : state.d_model]
         if not self.knobs.all_open:
             table = table * state.gate_model
-        return _drop(table[rows, tokens], state)
-
-    def _attention(self, x: Tensor, block: nn.ParameterDict, state: _Pass, layer: int) -> Tensor:
-        n, n_tokens, d = x.shape
-        heads, head_dim = state.n_heads, self.config.head_dim
-        rotary = self.config.rotary
-        weight = block["qkv"]
-        if heads < self.config.n_heads:
-            weight = weight.unflatten(2, (3, -1))[:, :d, :, : heads * head_dim].flatten(2)
-        weight = self._gated(weight * block["attention_norm"][:, :d, None], state.gate_heads)
-        weight = fold(weight, state.rotary, layer, heads)
-        qkv = torch.bmm(x, weight).view(n, state.batch, -1, 3, heads, head_dim)
-        before = None if state.cache is None else state.cache.last_angles(layer)
-        angles = self.rotation.conditional_angles(x, layer, heads, state.batch, before)
-        turn = LayerTurn(state.rotary, layer, heads, angles, rotary.polar)
-        qk, v = qkv.split((2, 1), dim=3)
-        q, k = turn.queries_keys(qk).permute(3, 0, 1, 4, 2, 5).unbind()
-        v = v.squeeze(3)
-        if rotary.value_rotation:
-            v = turn.values(v)
-        v = v.permute(0, 1, 3, 2, 4)
-        if state.cache is not None:
-            k, v = state.cache.append(layer, k, v, angles)
-        out = self._attend(q, k, v, state, layer).permute(0, 1, 3, 2, 4)
-        if rotary.value_rotation:
-            out = turn.values(out, back=True)
-        out = out.reshape(n, n_tokens, heads * head_dim)
-        back = self._gated(block["attention_out"][:, : heads * head_dim, :d], state.gate_model)
-        return _drop(torch.bmm(out, back), state)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: _Pass, layer: int) -> Tensor:
-        relative = state.rotary
-        by_distance = layer_heads(relative.by_distance, layer, state.n_heads)
-        offset, seq = k.shape[3] - q.shape[3], k.shape[3]
-        if state.span is not None and state.cache is None and relative.bias is None:
-            return banded_attention(q, k, v, state.span, self.config.ramp, by_distance)
-        bias = self.knobs.span_bias_rows(offset, seq)[:, None]
-        if by_distance is not None:
-            bias = bias + toeplitz(by_distance)
-        any_bias = layer_heads(relative.bias, layer, state.n_heads)
-        if any_bias is not None:
-            bias = bias + any_bias
-        return masked_attention(q, k, v, bias.to(q.dtype))
-
-    def _feed_forward(self, x: Tensor, block: nn.ParameterDict, state: _Pass) -> Tensor:
-        d, hidden = state.d_model, state.hidden
-        weight = block["ffn_in"][:, :d]
-        swiglu = self.config.feed_forward == "swiglu"
-        if hidden < self.config.hidden_units:
-            weight = weight.unflatten(2, (2 if swiglu else 1, -1))[..., :hidden].flatten(2)
-        gate = torch.cat((state.gate_hidden,) * 2, dim=2) if swiglu else state.gate_hidden
-        weight = self._gated(weight * block["ffn_norm"][:, :d, None], gate)
-        h = torch.bmm(x, weight)
-        if swiglu:
-            a, b = h.chunk(2, dim=-1)
-            h = F.silu(a) * b
-        else:
-            h = F.gelu(h)
-        back = self._gated(block["ffn_out"][:, :hidden, :d], state.gate_model)
-        return _drop(torch.bmm(h, back), state)
-
-    def _gated(self, weight: Tensor, gate: Tensor) -> Tensor:
-        return weight if self.knobs.all_open else weight * gate
-
-
-def _normalise(x: Tensor, state: _Pass) -> Tensor:
-    """RMS norm over the active channels; the gain is folded into the next weight."""
-    mean_square = x.square().sum(dim=-1, keepdim=True) * state.inverse_width
-    return x * torch.rsqrt(mean_square + _EPS)
-
-
-def _drop(x: Tensor, state: _Pass) -> Tensor:
-    return x if state.keep is None else x * state.keep.pop()
+        return drop(table[rows, tokens], state)

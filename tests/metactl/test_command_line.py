@@ -103,6 +103,34 @@ def test_apply_takes_other_text_and_another_size(trained: Path, tmp_path: Path) 
     assert (shape["d_model"], shape["n_layers"]) == (24, 1)
 
 
+def test_apply_takes_a_rotation_and_prints_what_the_model_writes(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--rotation", "givens+t5", "--sample", 40)
+    code = metactl(
+        "apply", "--policy", trained / "policy", "--run-dir", tmp_path / "run", *arguments
+    )
+    assert code == 0
+    _, _, after = capsys.readouterr().out.partition("What the first model writes:\n")
+    text, _, _ = after.partition("\nNext:")
+    assert len(text) >= 40
+    shape = json.loads((tmp_path / "run" / "model-0" / "config.json").read_text())
+    assert shape["rotation"] == "givens+t5"
+    weights = load_file(tmp_path / "run" / "model-0" / "model.safetensors")
+    assert "rotation.givens.angles" in weights and "rotation.relative.table" in weights
+
+
+def test_a_policy_works_where_there_is_no_base_to_move(trained: Path, tmp_path: Path) -> None:
+    small = ("--rotation", "nope", "--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0)
+    assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
+
+
+def test_train_takes_a_rotation(tmp_path: Path) -> None:
+    assert metactl(*train_arguments(tmp_path / "run", "--rotation", "conditional")) == 0
+    card = Policy.load(tmp_path / "run" / "policy").card
+    assert card.training["config"]["environment"]["options"]["rotation"] == "conditional"
+
+
 def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path) -> None:
     report, figure = tmp_path / "new" / "report.json", tmp_path / "runs.png"
     static = ("--static", "dropout=0,embedding_width=0.5")
@@ -143,6 +171,8 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "no text" in train("--data", tmp_path / "no_text")
     assert "Did you mean 'learning_rate'?" in train("--set", "ppo.learning_rat=1e-3")
     assert "Did you mean 'horizon'?" in train("--set", "environment.options.horizonn=9")
+    assert "Did you mean 'givens'?" in train("--rotation", "givns")
+    assert "contradicts itself" in train("--rotation", "givens+butterfly")
     assert "n_envs" in train("--n-envs", 0)
     assert "--set takes KEY=VALUE" in train("--set", "seed")
     assert "neither a file nor a recipe" in train("--config", "trian")
@@ -157,6 +187,7 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "n_heads=3" in refused(capsys, *apply, "--n-heads", 3)
     assert "at least n_control_steps" in refused(capsys, *apply, "--optimizer-steps", 2)
     assert "--n-runs" in refused(capsys, *apply, "--n-runs", 0)
+    assert "--sample" in refused(capsys, *apply, "--sample", -1)
     assert "device" in refused(capsys, *apply, "--device", "warp")
     assert "--n-tasks" in refused(capsys, "evaluate", "--policy", policy, "--n-tasks", 1)
     evaluate = ("evaluate", "--policy", policy, "--n-tasks", 2, "--n-workers", 0)

@@ -8,7 +8,7 @@ from toy_plant import TOY
 
 from metactl.controllers import RandomMoves, Static
 from metactl.rollout import Trial
-from metactl.shards import ShardError, ShardRow, make_population
+from metactl.shards import ShardRow, WorkerDied, make_population
 from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
@@ -108,7 +108,7 @@ def test_a_killed_worker_is_an_error_in_words_and_no_hang():
     try:
         os.kill(row._workers[0].process.pid, signal.SIGKILL)
         began = time.monotonic()
-        with pytest.raises(ShardError, match=r"worker process died \(exit code -9\)"):
+        with pytest.raises(WorkerDied, match=r"worker process died \(exit code -9\)"):
             for _ in range(3):
                 row.call_all("reset", 0)
         assert time.monotonic() - began < 10

@@ -1,0 +1,115 @@
+"""The layers of a transformer block, as functions of what one forward pass shares."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import banded_attention, masked_attention, toeplitz
+from models.cache import KeyValueCache
+from models.config import TransformerConfig
+from models.knobs import Knobs
+from models.rotary import LayerTurn, Rotary, RotaryPass, fold, layer_heads
+
+_EPS = 1e-6
+
+
+@dataclass
+class Pass:
+    """What one forward pass shares between its layers."""
+
+    config: TransformerConfig
+    knobs: Knobs
+    rotation: Rotary
+    gate_model: Tensor  # [replica, 1, d_model]
+    gate_heads: Tensor  # [replica, 1, 3 * d_model], heads of q, k and v
+    gate_hidden: Tensor  # [replica, 1, hidden]
+    inverse_width: Tensor  # [replica, 1, 1], 1 / effective number of active channels
+    d_model: int
+    n_heads: int
+    hidden: int
+    span: float | None  # shared span when sliced, else None
+    keep: list[Tensor] | None  # dropout multipliers, the next place's last
+    rotary: RotaryPass
+    batch: int
+    cache: KeyValueCache | None
+
+
+def attention(x: Tensor, block: nn.ParameterDict, state: Pass, layer: int) -> Tensor:
+    """Causal attention of one block, its output projection included."""
+    n, n_tokens, d = x.shape
+    heads, head_dim = state.n_heads, state.config.head_dim
+    rotary = state.config.rotary
+    weight = block["qkv"]
+    if heads < state.config.n_heads:
+        weight = weight.unflatten(2, (3, -1))[:, :d, :, : heads * head_dim].flatten(2)
+    weight = _gated(weight * block["attention_norm"][:, :d, None], state.gate_heads, state)
+    weight = fold(weight, state.rotary, layer, heads)
+    qkv = torch.bmm(x, weight).view(n, state.batch, -1, 3, heads, head_dim)
+    before = None if state.cache is None else state.cache.last_angles(layer)
+    angles = state.rotation.conditional_angles(x, layer, heads, state.batch, before)
+    turn = LayerTurn(state.rotary, layer, heads, angles, rotary.polar)
+    qk, v = qkv.split((2, 1), dim=3)
+    q, k = turn.queries_keys(qk).permute(3, 0, 1, 4, 2, 5).unbind()
+    v = v.squeeze(3)
+    if rotary.value_rotation:
+        v = turn.values(v)
+    v = v.permute(0, 1, 3, 2, 4)
+    if state.cache is not None:
+        k, v = state.cache.append(layer, k, v, angles)
+    out = _attend(q, k, v, state, layer).permute(0, 1, 3, 2, 4)
+    if rotary.value_rotation:
+        out = turn.values(out, back=True)
+    out = out.reshape(n, n_tokens, heads * head_dim)
+    back = _gated(block["attention_out"][:, : heads * head_dim, :d], state.gate_model, state)
+    return drop(torch.bmm(out, back), state)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, state: Pass, layer: int) -> Tensor:
+    relative = state.rotary
+    by_distance = layer_heads(relative.by_distance, layer, state.n_heads)
+    offset, seq = k.shape[3] - q.shape[3], k.shape[3]
+    if state.span is not None and state.cache is None and relative.bias is None:
+        return banded_attention(q, k, v, state.span, state.config.ramp, by_distance)
+    bias = state.knobs.span_bias_rows(offset, seq)[:, None]
+    if by_distance is not None:
+        bias = bias + toeplitz(by_distance)
+    any_bias = layer_heads(relative.bias, layer, state.n_heads)
+    if any_bias is not None:
+        bias = bias + any_bias
+    return masked_attention(q, k, v, bias.to(q.dtype))
+
+
+def feed_forward(x: Tensor, block: nn.ParameterDict, state: Pass) -> Tensor:
+    """The GELU or SwiGLU layer of one block."""
+    d, hidden = state.d_model, state.hidden
+    weight = block["ffn_in"][:, :d]
+    swiglu = state.config.feed_forward == "swiglu"
+    if hidden < state.config.hidden_units:
+        weight = weight.unflatten(2, (2 if swiglu else 1, -1))[..., :hidden].flatten(2)
+    gate = torch.cat((state.gate_hidden,) * 2, dim=2) if swiglu else state.gate_hidden
+    weight = _gated(weight * block["ffn_norm"][:, :d, None], gate, state)
+    h = torch.bmm(x, weight)
+    if swiglu:
+        a, b = h.chunk(2, dim=-1)
+        h = F.silu(a) * b
+    else:
+        h = F.gelu(h)
+    back = _gated(block["ffn_out"][:, :hidden, :d], state.gate_model, state)
+    return drop(torch.bmm(h, back), state)
+
+
+def _gated(weight: Tensor, gate: Tensor, state: Pass) -> Tensor:
+    return weight if state.knobs.all_open else weight * gate
+
+
+def normalise(x: Tensor, state: Pass) -> Tensor:
+    """RMS norm over the active channels; the gain is folded into the next weight."""
+    mean_square = x.square().sum(dim=-1, keepdim=True) * state.inverse_width
+    return x * torch.rsqrt(mean_square + _EPS)
+
+
+def drop(x: Tensor, state: Pass) -> Tensor:
+    """Multiplies by the next place's dropout noise."""
+    return x if state.keep is None else x * state.keep.pop()
