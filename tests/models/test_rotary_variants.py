@@ -230,3 +230,38 @@ def test_a_relative_bias_has_many_buckets_and_enters_before_the_softmax():
     difference = (model(changed) - out).abs().amax((0, 1, 3))
     assert difference[3] > 1e-2
     assert difference[4:].max() < 1e-6
+
+
+def test_the_span_is_counted_back_from_each_query_and_takes_any_value():
+    """Not a prefix of the sequence: late queries see late keys, and only those near enough."""
+    config = TransformerConfig(
+        vocab_size=VOCAB, d_model=32, n_heads=4, n_layers=1, context=SEQ, span_ramp=1.0
+    )
+    model = AdaptiveTransformer(config, 1, sliced=False)
+    model.initialise([0], [1])
+    model.set_knobs({"attention_span": 3.5})
+    data = copy_task(0)
+    out = model(data)
+    changed = data.clone()
+    changed[:, :, 8] = (changed[:, :, 8] + 1) % VOCAB
+    differs = (model(changed) - out).abs().amax((0, 1, 3)) > 1e-6
+    assert differs.nonzero().flatten().tolist() == [8, 9, 10, 11, 12]  # weight 0.5 at distance 4
+
+
+def test_each_sequence_of_a_batch_has_its_own_output():
+    model, _ = trainer("block+conditional+t5")
+    data = torch.randint(0, VOCAB, (1, 4, SEQ), generator=torch.Generator().manual_seed(0))
+    out = model(data)
+    order = [2, 0, 3, 1]
+    torch.testing.assert_close(model(data[:, order]), out[:, order])
+    assert torch.pdist(out[0].flatten(1)).min() > 0.1
+
+
+def test_the_matrix_before_rope_is_no_shared_matrix_after_it():
+    """The block changes logits: x . (prod G) . R comes before the turn by position."""
+    model, _ = trainer("block")
+    plain, _ = trainer("rope")
+    own = dict(plain.named_parameters())
+    assert all(torch.equal(own[n], p) for n, p in model.named_parameters() if n in own)
+    data = copy_task(0)
+    assert (model(data) - plain(data)).abs().max() > 0.05
