@@ -1,5 +1,7 @@
 """One learned matrix per head, orthogonally initialised, in four parametrisations."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -72,7 +74,10 @@ def orthogonality_defect(
 
 
 class OrthogonalMatrix(Component):
-    """A learned matrix R per head, a random rotation at the start.
+    """A learned matrix R per head, a random orthogonal matrix at the start.
+
+    Uniformly distributed but for `"cayley"`, which starts from a random skew-symmetric matrix:
+    uniform rotations have eigenvalues near -1, where the transform is badly conditioned.
 
     Args:
         shape: Sizes.
@@ -96,9 +101,8 @@ class OrthogonalMatrix(Component):
     def initialise(self, row: int, generator: torch.Generator) -> None:
         size = self.weight.shape[1:]
         rotation = random_rotation(size[0] * size[1], size[-1], generator)
-        if self.parametrisation == "cayley":
-            eye = torch.eye(size[-1], dtype=rotation.dtype)
-            rotation = torch.linalg.solve(eye + rotation, eye - rotation)
+        if self.parametrisation == "cayley":  # far from -1, where its weights grow without bound
+            rotation = draw(rotation.shape, generator) / math.sqrt(size[-1])
         elif self.parametrisation == "exp":
             rotation = _skew_logarithm(rotation)
         elif self.parametrisation == "householder":

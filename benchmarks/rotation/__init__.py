@@ -1,0 +1,1 @@
+"""What the claims about rotations are measured with."""

@@ -1,0 +1,21 @@
+"""Random generators for training and for test data that never coincide."""
+
+import numpy as np
+
+SPLITS = ("train", "test")
+
+
+def split_generator(seed: int, split: str, family: int) -> np.random.Generator:
+    """A generator of a seed's own for each split and each family of tasks.
+
+    Args:
+        seed: Of the task.
+        split: `"train"` or `"test"`.
+        family: A number that tells one family of tasks from another.
+
+    Raises:
+        ValueError: For an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}. Known: {', '.join(SPLITS)}")
+    return np.random.default_rng([seed, family, SPLITS.index(split)])
