@@ -43,7 +43,7 @@ class DemoPlan:
         seed: Of tasks and runs.
     """
 
-    n_tasks: int = 16
+    n_tasks: int = 20
     grid_points: int = 16
     n_larger_tasks: int = 8
     d_model: int = 48
