@@ -177,14 +177,19 @@ def evaluate(
 def _select_static(
     results: dict[str, list[TrialResult]], grid_names: list[str], chosen_names: list[str]
 ) -> dict[str, list[TrialResult]]:
-    """Replaces the grid by the default, the best on average and the best for each task."""
+    """Replaces the grid by the default, the best on average and the best for each task.
+
+    With chosen settings the best of the grid alone is an arm too.
+    """
     grid = [results[name] for name in (*grid_names, *chosen_names)]
     probes = np.array([[result.final_probe for result in arm] for arm in grid])
-    best = int(probes.mean(axis=1).argmin())
+    means = probes.mean(axis=1)
     oracle = probes.argmin(axis=0)
+    selected = {"default": grid[0], "best static": grid[int(means.argmin())]}
+    if chosen_names:
+        selected["best static of the grid"] = grid[int(means[: len(grid_names)].argmin())]
     return {
-        "default": grid[0],
-        "best static": grid[best],
+        **selected,
         "per-task best static": [grid[i][task] for task, i in enumerate(oracle)],
         **{name: arm for name, arm in results.items() if name not in grid_names},
     }

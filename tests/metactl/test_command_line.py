@@ -141,7 +141,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     assert code == 0
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
-    arms.add("static dropout=0, embedding_width=0.5")
+    arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
