@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
+from envs.knobs import USUAL_KNOBS, knobs_of
 from envs.tasks import TextFamily, TextTask, load_corpus
 from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
@@ -51,6 +52,9 @@ class RunConfig:
         max_gradient_norm: Clipping threshold, per replica.
         beta2: Decay of AdamW's second moment.
         default_dropout: Dropout of a run that nobody controls.
+        knobs: What a controller can move; besides the usual four `position_scale`,
+            `rotation_strength` (with Givens rotations) and `orthogonality_weight` (with a free
+            matrix). A base that does not exist is left out.
         device: Torch device, such as `"cpu"` or `"cuda"`.
         dtype: `"float32"`, or `"float64"` for exact comparisons.
     """
@@ -72,6 +76,7 @@ class RunConfig:
     max_gradient_norm: float = 1.0
     beta2: float = 0.99
     default_dropout: float = 0.1
+    knobs: tuple[str, ...] = USUAL_KNOBS
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -91,7 +96,9 @@ class RunConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        self.transformer()  # refuses shapes that do not fit together
+        knobs_of(
+            self.transformer(), self.knobs, self.default_dropout
+        )  # refuses shapes and knobs that do not fit together
         try:
             torch.device(self.device)
         except RuntimeError as error:
@@ -145,7 +152,7 @@ class AdaptiveTransformerRun(TrainingRun):
         )
         self.family = TextFamily(load_corpus(config.data), config.context, config.unique_bytes)
         self._text = torch.from_numpy(self.family.corpus.data.copy()).to(self.device)
-        self._knobs = transformer_knobs(config)
+        self._knobs = knobs_of(shape, config.knobs, config.default_dropout)
         self._allocate_rows()
         self.draw_horizon(0)
 
@@ -343,43 +350,3 @@ class AdaptiveTransformerRun(TrainingRun):
             prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
         )
         return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")
-
-
-def transformer_knobs(config: RunConfig) -> tuple[Knob, ...]:
-    """The knobs of an adaptive transformer, with the recipe's values as defaults.
-
-    The base is one of them where positions turn.
-    """
-    shape = config.transformer()
-    base = Knob(
-        name="rope_base", low=4.0, high=1e6, default=shape.rope_base, scale="log2", unit="base"
-    )
-    return (
-        *((base,) if shape.rotary.positions == "rope" else ()),
-        Knob(
-            name="attention_span",
-            low=min(4.0, config.context / 2),
-            high=float(config.context),
-            default=float(config.context),
-            scale="log2",
-            unit="tokens",
-        ),
-        Knob(
-            name="embedding_width",
-            low=shape.width_levels[0],
-            high=1.0,
-            default=1.0,
-            scale="levels",
-            levels=shape.width_levels,
-            max_move=1.0,  # every change of width is a shock: at most once across in a run
-            unit="fraction",
-        ),
-        Knob(
-            name="dropout",
-            low=0.0,
-            high=0.6,
-            default=config.default_dropout,
-            scale="linear",
-            unit="probability",
-        ),
-    )

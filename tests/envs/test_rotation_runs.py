@@ -4,8 +4,10 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from envs.transformer_run import RunConfig, build_run, transformer_knobs
+from envs.transformer_run import build_run
 from models.rotary import rotation_names
 
 NAMES = [*rotation_names(), "block+conditional+t5", "nope+alibi"]
@@ -107,9 +109,56 @@ def test_the_environment_takes_the_rotation_by_name(rotation):
     single.close(), several.close()
 
 
+@pytest.mark.parametrize("rotation", NAMES)
+@pytest.mark.parametrize("check", [gymnasium_check, sb3_check], ids=["gymnasium", "sb3"])
+def test_the_environment_passes_both_checkers(rotation, check):
+    options = {**TINY, "n_layers": 1, "horizon": 4, "n_control_steps": 2, "rotation": rotation}
+    env = gymnasium.make("envs:AdaptiveTransformer-v0", **options).unwrapped
+    check(env)  # a warning is an error here
+    env.close()
+
+
 def test_where_nothing_turns_there_is_no_base_to_move():
-    names = [knob.name for knob in transformer_knobs(RunConfig(rotation="nope"))]
+    names = [knob.name for knob in build_run(1, {**TINY, "rotation": "nope"}).knobs]
     assert names == ["attention_span", "embedding_width", "dropout"]
+
+
+def test_a_controller_can_move_the_rotation_itself():
+    knobs = ["rotation_strength", "position_scale", "orthogonality_weight", "dropout"]
+    run = build_run(2, {**TINY, "rotation": "block", "knobs": knobs})
+    assert [knob.name for knob in run.knobs] == knobs
+    run.reset([0, 1], [run.sample_task(1)] * 2, [1, 1])
+    still = {knob.name: np.full(2, knob.default) for knob in run.knobs}
+    still["dropout"] = np.zeros(2)
+    run.apply(still)
+    run.advance(3)
+    losses = run.evaluate("probe")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+    for name, value in (("rotation_strength", 0.2), ("position_scale", 0.3)):
+        run.apply({**still, name: np.array([still[name][0], value])})
+        moved = run.evaluate("probe")
+        assert moved[0] == pytest.approx(losses[0], abs=1e-12)
+        assert abs(moved[1] - losses[1]) > 1e-6, name
+        run.apply(still)
+        assert run.evaluate("probe") == pytest.approx(losses, abs=1e-12)
+    run.apply({**still, "orthogonality_weight": np.array([0.1, 10.0])})
+    run.advance(6)
+    defect = run.model.rotation.penalty().detach()
+    assert defect[1] < 0.7 * defect[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"knobs": ["dropuot"]}, "Unknown knob 'dropuot'.*Did you mean 'dropout'"),
+        ({"knobs": ["rotation_strength"]}, "needs a rotation with Givens angles, and rotation"),
+        ({"knobs": ["orthogonality_weight"], "rotation": "cayley"}, "needs a free matrix"),
+        ({"knobs": ["position_scale"], "rotation": "nope"}, "needs positions that turn"),
+    ],
+)
+def test_a_knob_that_would_move_nothing_is_refused_in_words(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_run(1, {**TINY, **options})
 
 
 def test_the_orthogonality_weight_pulls_a_free_matrix_back():
