@@ -259,7 +259,9 @@ def _apply(command: Apply) -> int:
     order = [name for name in ("default", "policy") if name in done.results]
     arms: dict[str, Any] = {name: done.results[name] for name in order}
     draw_runs(run_dir / "runs.png", arms, "New runs under the policy")
-    console().print(paired_table(done.summary, f"{command.n_runs} new runs"))
+    console().print(
+        paired_table(done.summary, f"{command.n_runs} new run{'s' * (command.n_runs > 1)}")
+    )
     print(f"Models: {run_dir}/model-*   Picture: {run_dir / 'runs.png'}")
     if done.sample:
         print(f"What the first model writes:\n{done.sample}")

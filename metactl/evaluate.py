@@ -15,7 +15,7 @@ from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import Trial, TrialResult
 from metactl.shards import ShardRow
-from metactl.statistics import gap_closed, paired_difference, probability_of_improvement
+from metactl.statistics import Interval, gap_closed, paired_difference, probability_of_improvement
 
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
 
@@ -223,8 +223,8 @@ def summarise(
         best = paired_difference(column("policy", "best_test"), column(arm, "best_test"))
         wins = probability_of_improvement(column("policy", "final_test"), column(arm, "final_test"))
         differences[arm] = {
-            "final_test": asdict(final),
-            "best_checkpoint_test": asdict(best),
+            "final_test": _finite(final),
+            "best_checkpoint_test": _finite(best),
             "probability_of_improvement": wins,
         }
     summary: dict[str, Any] = {"arms": arms, "policy_minus": differences}
@@ -234,9 +234,13 @@ def summarise(
             column("best static", "final_test"),
             column(oracle_name, "final_test"),
         )
-        finite = {k: v if np.isfinite(v) else None for k, v in asdict(closed).items()}
-        summary["gap_closed"] = finite
+        summary["gap_closed"] = _finite(closed)
     return summary
+
+
+def _finite(interval: Interval) -> dict[str, float | None]:
+    """As JSON values; what is unbounded is null."""
+    return {k: v if np.isfinite(v) else None for k, v in asdict(interval).items()}
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,10 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
         cells = ["", ""]
         if difference is not None:
             d = difference["final_test"]
-            cells[0] = f"{d['estimate']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+            spread = " (one pair)"
+            if d["low"] is not None:
+                spread = f" [{d['low']:+.3f}, {d['high']:+.3f}]"
+            cells[0] = f"{d['estimate']:+.3f}{spread}"
             cells[1] = f"{100 * difference['probability_of_improvement']:.0f} %"
         table.add_row(
             f"[bold]{arm}[/bold]" if arm == "policy" else arm,

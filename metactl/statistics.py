@@ -24,12 +24,16 @@ class Interval:
 def paired_difference(left: FloatArray, right: FloatArray, seed: int = 0) -> Interval:
     """Mean of `left - right` over paired tasks, with a percentile bootstrap interval.
 
+    A single pair says nothing of the spread: its interval is infinite.
+
     Args:
         left: One number per task.
         right: The same tasks.
         seed: Of the resampling.
     """
     difference = np.asarray(left) - np.asarray(right)
+    if len(difference) == 1:
+        return Interval(estimate=float(difference[0]), low=-np.inf, high=np.inf)
     means = difference[_resamples(len(difference), seed)].mean(axis=1)
     return _interval(float(difference.mean()), means)
 

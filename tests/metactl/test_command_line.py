@@ -77,6 +77,9 @@ def test_apply_twice_gives_identical_losses_and_saves_the_model(
     first, second = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "ab")
     assert first["arms"] == second["arms"]
     assert set(first["arms"]) == {"policy", "default"}
+    single = first["policy_minus"]["default"]["final_test"]
+    assert single["estimate"] is not None
+    assert single["low"] is single["high"] is None  # one pair says nothing of the spread
     assert (tmp_path / "a" / "runs.png").stat().st_size > 5_000
     weights = load_file(tmp_path / "a" / "model-0" / "model.safetensors")
     assert all(np.isfinite(value).all() for value in weights.values())
