@@ -55,14 +55,23 @@ def fold(
     n_heads: int,
 ) -> Float[Tensor, "replica channel three_heads_dim"]:
     """The joint projection of queries, keys and values with the static matrices multiplied in."""
-    if rotary.query_matrix is None and rotary.key_matrix is None:
+    query, key = rotary.query_matrix, rotary.key_matrix
+    if query is None and key is None:
         return weight
-    parts = list(weight.unflatten(2, (3, n_heads, -1)).unbind(2))
-    for i, matrices in enumerate((rotary.query_matrix, rotary.key_matrix)):
-        if matrices is not None:
-            matrix = _layer(matrices, layer)[:, :n_heads].to(weight.dtype)
-            parts[i] = torch.einsum("nchi,nhij->nchj", parts[i], matrix)
-    return torch.stack(parts, dim=2).flatten(2)
+    parts = weight.unflatten(2, (3, n_heads, -1))
+    if query is key:  # both in one product
+        turned = [_times(parts[:, :, :2], query, layer)]
+    else:
+        turned = [_times(parts[:, :, :1], query, layer), _times(parts[:, :, 1:2], key, layer)]
+    return torch.cat((*turned, parts[:, :, 2:]), dim=2).flatten(2)
+
+
+def _times(parts: Tensor, matrices: Tensor | None, layer: int) -> Tensor:
+    """Projections `[replica, channel, part, head, dim]` times one layer's matrix of each head."""
+    matrix = layer_heads(matrices, layer, parts.shape[3])
+    if matrix is None:
+        return parts
+    return torch.einsum("ncphi,nhij->ncphj", parts, matrix.to(parts.dtype))
 
 
 class LayerTurn:
