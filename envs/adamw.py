@@ -46,6 +46,9 @@ class ReplicatedAdamW:
         self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
         self._group = self._partition(model, n_levels)
         self._sizes = [p[0].numel() for p in self._parameters]
+        names = [name for name, _ in model.named_parameters()]
+        # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
+        self._measured = [i for i, name in enumerate(names) if not name.startswith("rotation.")]
 
     def _point_parameters_at_values(self) -> None:
         start = 0
@@ -93,7 +96,7 @@ class ReplicatedAdamW:
 
         Returns:
             Gradient norm before clipping, and with `measure` the update-to-weight ratio
-            ||p_new - p|| / ||p|| of each parameter tensor.
+            ||p_new - p|| / ||p|| of each parameter tensor but the rotation's.
         """
         norm = self.collect_gradient()
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -114,9 +117,10 @@ class ReplicatedAdamW:
         return norm, ratios
 
     def _block_norms(self, flat: Tensor) -> Tensor:
-        """Norm of each parameter tensor in a buffer, `[n_replicas, n_blocks]`."""
+        """Norm of each measured parameter tensor in a buffer, `[n_replicas, n_blocks]`."""
         blocks = flat.split(self._sizes, dim=1)
-        return torch.stack([torch.linalg.vector_norm(block, dim=1) for block in blocks], dim=1)
+        norms = [torch.linalg.vector_norm(blocks[i], dim=1) for i in self._measured]
+        return torch.stack(norms, dim=1)
 
     def _rate(self, beta: float, active: Tensor) -> Tensor:
         rate = (1 - beta) / (1 - beta ** self.counts.clamp(min=1))

@@ -204,7 +204,8 @@ class AdaptiveTransformerRun(TrainingRun):
         weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
         self.model.initialise(rows, weight_seeds)
         self.optimizer.reset_rows(rows)
-        self.model.set_knobs({knob.name: knob.default for knob in self._knobs}, rows)
+        defaults = {"dropout": self.config.default_dropout}
+        self.model.set_knobs(defaults | {knob.name: knob.default for knob in self._knobs}, rows)
         self.model.knobs.settle_gates(rows)
 
     def apply(self, values: Mapping[str, FloatArray]) -> None:
@@ -346,7 +347,10 @@ class AdaptiveTransformerRun(TrainingRun):
         """Continues the start of a test sequence; bytes that are no UTF-8 show as U+FFFD."""
         prompt = self._rows["test"][row, :1, :_PROMPT_BYTES]
         generator = torch.Generator(self.device).manual_seed(int(self._rows["seed"][row]))
-        written = self.export(row).generate(
+        model = self.export(row)
+        if model.config.rotary.static_matrices:
+            model.fold_rotations_()
+        written = model.generate(
             prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
         )
         return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")

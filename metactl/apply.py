@@ -15,6 +15,7 @@ from metactl.files import write_atomically
 from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import Trial, TrialResult, play
+from metactl.run import TrainingRun
 from metactl.shards import make_population
 
 
@@ -78,7 +79,7 @@ def apply_policy(
         results = play(loop, trials, on_step)
     for row in range(n_runs):
         _save_model(loop.run.export(row), run_dir / f"model-{row}")
-    sample = loop.run.sample(0, sample_bytes) if sample_bytes else ""
+    sample = _written(loop.run, results[0], sample_bytes) if sample_bytes else ""
     env.close()
     by_arm: dict[str, list[TrialResult]] = {}
     for result in results:
@@ -106,6 +107,17 @@ def _scalars(step: Step, n_runs: int) -> dict[str, float]:
 def _status(step: Step, n_runs: int) -> str:
     knobs = " ".join(f"{name} {v[:n_runs].mean():.3g}" for name, v in step.values.items())
     return f"loss {step.measurement.train_loss[:n_runs].mean():.3f} {knobs}"
+
+
+def _written(run: TrainingRun, result: TrialResult, n_bytes: int) -> str:
+    """What the first model writes, or in words why it does not; nothing a terminal obeys."""
+    if result.diverged:
+        return "(nothing: its run diverged)"
+    try:
+        text = run.sample(0, n_bytes)
+    except TypeError as error:
+        return f"(nothing: {error})"
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _save_model(model: torch.nn.Module, folder: Path) -> None:

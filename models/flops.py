@@ -17,7 +17,8 @@ def training_flops(
     """Floating-point operations of one optimizer step of one replica, forward and backward.
 
     Counts the matrix products (a multiply-add is 2 operations; backward costs twice forward) of
-    what is active at a width, with attention over the pairs that the span can reach.
+    what is active at a width, with attention over the pairs that the span can reach; what a
+    rotation adds is left out.
 
     Args:
         config: The shape at full width.

@@ -212,7 +212,8 @@ class Knobs(nn.Module):
         if not self.sliced:
             return self.span_bias[:, first:seq, :seq]
         span = self.attention_span
-        distance = causal_distance(seq, device=span.device, dtype=span.dtype)[first:]
+        positions = torch.arange(seq, device=span.device, dtype=span.dtype)
+        distance = positions[first:, None] - positions
         return span_log_weight(distance, span, self.config.ramp)
 
     def _refresh_gates(self) -> None:

@@ -210,9 +210,12 @@ class AdaptiveTransformer(nn.Module):
             qkv.copy_(fold(qkv, matrices, layer, self.config.n_heads))
         self.config = replace(self.config, rotation=rotary.without_static_matrices())
         self.knobs.config = self.config
-        kept = self.rotation.state_dict()
+        kept, learns = self.rotation.state_dict(), dict(self.rotation.named_parameters())
         self.rotation = self._build_rotation(self.embedding.device, self.embedding.dtype)
         self.rotation.load_state_dict({name: kept[name] for name in self.rotation.state_dict()})
+        for name, parameter in self.rotation.named_parameters():
+            parameter.requires_grad_(learns[name].requires_grad)
+        self.rotation.train(self.training)
         self.refresh()
         return self
 
@@ -287,7 +290,8 @@ class AdaptiveTransformer(nn.Module):
 
     def penalty(self) -> Float[Tensor, " replica"]:
         """What the rotation adds to the loss: its weight times ||R R^T - I||_F^2."""
-        return self.knobs.orthogonality_weight * self.rotation.penalty()
+        heads = self.knobs.head_channel_level[:: self.config.head_dim]
+        return self.knobs.orthogonality_weight * self.rotation.penalty(self.knobs.gates[:, heads])
 
     def _prepare(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> Pass:
         config, knobs = self.config, self.knobs

@@ -5,7 +5,6 @@ task within seconds; all variants then get the same. The base of 100 stands to t
 the usual 10 000 to 2048 tokens (see `models.rotary.useful_base`); RoPE with 10 000 is an arm too.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from models.rotary import VARIANTS
 
 BASE = 100.0
 USUAL_BASE = 10_000.0
-_SPREAD_OF_BASES = 10.0  # layers or heads: geometric from BASE / 10 to BASE * 10
 LENGTHS = (1, 2, 4)  # of recall's test sequences, in training contexts
 LONGER = (0.8, 1.25, 1.6, 2.2)  # plain RoPE with so many times the steps, for equal time
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
@@ -102,20 +100,3 @@ LONGER_ARMS = {f"rope, {factor:g} times the steps": factor for factor in LONGER}
 def variant_of(arm: str) -> str:
     """The name of an arm's rotation."""
     return arm if arm in VARIANTS else "rope"
-
-
-def bases(arm: str, shape: tuple[int, ...]) -> list[Any] | None:
-    """One replica's bases where layers or heads have their own, else `None`.
-
-    Equal bases would be plain RoPE. Layers go from local to global; so do the heads of each.
-
-    Args:
-        arm: Whose.
-        shape: `[layer]` or `[layer, head]`.
-    """
-    if arm not in ("layer_bases", "head_bases"):
-        return None
-    n = shape[-1]
-    low, high = math.log(BASE / _SPREAD_OF_BASES), math.log(BASE * _SPREAD_OF_BASES)
-    spread = [math.exp(low + (high - low) * i / max(1, n - 1)) for i in range(n)]
-    return spread if arm == "layer_bases" else [spread] * shape[0]

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from benchmarks.rotation.data import TaskData
-from benchmarks.rotation.recipes import Recipe, bases
+from benchmarks.rotation.recipes import Recipe
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer
 
@@ -26,9 +26,6 @@ def build(recipe: Recipe, arm: str, n_seeds: int) -> AdaptiveTransformer:
     model = AdaptiveTransformer(recipe.model(arm), n_seeds, sliced=False)
     rows = list(range(n_seeds))
     model.initialise(rows, [_FIRST_WEIGHT_SEED + row for row in rows])
-    own = bases(arm, model.rotation.base_shape())
-    if own is not None:
-        model.set_knobs({"rope_base": [own] * n_seeds})
     return model
 
 

@@ -143,6 +143,7 @@ class FireBias(RelativeBias):
 
     def _network(self, distance: Tensor, longest: Tensor) -> Tensor:
         c = at_least_float32(self.log_c).exp()[..., None]
+        distance, longest = distance.to(c), longest.to(c)
         x = torch.log1p(c * distance) / torch.log1p(c * longest)
         inward, shift, outward = map(at_least_float32, (self.inward, self.shift, self.outward))
         units = torch.relu(inward[..., None] * x[:, :, None] + shift[..., None])

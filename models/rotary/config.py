@@ -1,6 +1,7 @@
 """What a rotation is made of, the names of the variants, and which combinations make no sense."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,12 +14,14 @@ from models.rotary.orthogonal import PARAMETRISATIONS
 BASE_SHAPES = ("replica", "layer", "head")
 POSITIONS = ("rope", "none")
 _TURNING = (
+    "rotary_share",
+    "base_per",
+    "base_factors",
     "learn_frequencies",
     "polar",
     "learn_position_scale",
     "xpos",
     "scaling",
-    "value_rotation",
 )
 
 
@@ -30,7 +33,8 @@ class RotationConfig:
         positions: `"rope"`, or `"none"`: queries and keys are not turned by position (NoPE).
         rotary_share: Share of each head's pairs that turn; the others carry no position.
         base_per: What has a base of its own: each `"replica"`, `"layer"` or `"head"`.
-        base_factors: Factors of the base for groups of heads; head h gets the h-th, cyclically.
+        base_factors: Factors of the base for groups of heads; head h gets the h-th, cyclically
+            (layers instead of heads, where each layer has a base of its own).
         learn_frequencies: Learned change of every pair's log frequency, on top of the base.
         polar: Non-negative magnitudes that turn, one frequency per channel, and learned phases
             on the keys (PoPE, arXiv 2509.10534).
@@ -97,8 +101,8 @@ class RotationConfig:
             ("rotary_share", 0 < self.rotary_share <= 1, "in (0, 1]"),
             ("n_rotations", self.n_rotations >= 1, "at least 1"),
             ("orthogonality_weight", self.orthogonality_weight >= 0, "at least 0"),
-            ("scaling_factor", self.scaling_factor >= 1, "at least 1"),
-            ("base_factors", min(self.base_factors, default=0) > 0, "one or more above 0"),
+            ("scaling_factor", 1 <= self.scaling_factor < math.inf, "at least 1 and finite"),
+            ("base_factors", _all_positive(self.base_factors), "one or more finite and above 0"),
             ("trained_context", (self.trained_context or 1) >= 1, "at least 1 token"),
         ):
             if not fits:
@@ -106,12 +110,22 @@ class RotationConfig:
 
     def _check_combination(self) -> None:
         if self.positions == "none":
-            for name in _TURNING:
+            for name in (name for name in self.changes() if name in _TURNING):
                 if getattr(self, name):
                     raise ValueError(
                         f"rotation: {name} changes how positions turn, and with "
                         f"positions='none' nothing turns; drop one of the two"
                     )
+        if self.value_rotation and self.positions == "none" and not self.conditional:
+            raise ValueError(
+                "rotation: value_rotation turns values by their position, and with "
+                "positions='none' and without conditional angles nothing turns"
+            )
+        if self.orthogonality_weight > 0 and self.orthogonal != "free":
+            raise ValueError(
+                f"rotation: orthogonality_weight={self.orthogonality_weight} needs "
+                f"orthogonal='free', got {self.orthogonal!r}"
+            )
         if self.polar and self.value_rotation:
             raise ValueError(
                 "rotation: polar has one frequency per channel and value_rotation one per pair; "
@@ -173,8 +187,8 @@ class RotationConfig:
 VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {},
     "nope": {"positions": "none"},
-    "layer_bases": {"base_per": "layer"},
-    "head_bases": {"base_per": "head"},
+    "layer_bases": {"base_per": "layer", "base_factors": (0.1, 10.0)},
+    "head_bases": {"base_per": "head", "base_factors": (0.1, 1.0, 10.0)},
     "multi_scale": {"base_factors": (0.01, 1.0, 100.0)},
     "partial": {"rotary_share": 0.5},
     "frequencies": {"learn_frequencies": True},
@@ -204,6 +218,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _all_positive(numbers: tuple[float, ...]) -> bool:
+    return bool(numbers) and all(0 < each < math.inf for each in numbers)
+
+
 def rotation_names() -> list[str]:
     """Names of the variants; `"+"` combines several."""
     return sorted(VARIANTS)
@@ -223,6 +241,8 @@ def parse_rotation(rotation: "str | Mapping[str, Any] | RotationConfig") -> Rota
         return rotation
     if isinstance(rotation, str):
         return RotationConfig(**_combined(rotation))
+    if not isinstance(rotation, Mapping):
+        raise ValueError(f"rotation must be names or fields, got {rotation!r}")
     known = [field.name for field in fields(RotationConfig)]
     own = dict(rotation)
     chosen = _combined(str(own.pop("variant", "rope")))
@@ -251,8 +271,9 @@ def _as_declared(name: str, value: Any) -> Any:
         fits, wanted = number, "a number"
         value = float(value) if number else value
     elif name in ("n_rotations", "trained_context"):
-        fits, wanted = number and int(value) == value, "a whole number"
-        fits = fits or (value is None and plain is None)
+        whole = number and math.isfinite(value) and int(value) == value
+        value = int(value) if whole else value
+        fits, wanted = whole or (value is None and plain is None), "a whole number"
     else:
         fits, wanted = value is None or isinstance(value, str), "a name"
     if not fits:

@@ -158,6 +158,7 @@ class GivensRotations(Component):
         self, strength: Float[Tensor, " replica"]
     ) -> Float[Tensor, "replica layer head dim dim"]:
         """Matrices to be applied as x @ G; `strength` multiplies every angle."""
-        angles = at_least_float32(self.angles) * strength.view(-1, 1, 1, 1, 1, 1)
+        angles = at_least_float32(self.angles)
+        angles = angles * strength.to(angles).view(-1, 1, 1, 1, 1, 1)
         n_rotations = angles.shape[3]
         return givens_product(angles.flatten(3, 4), self.partner.repeat(n_rotations, 1))

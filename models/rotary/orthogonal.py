@@ -67,10 +67,10 @@ def _skew_logarithm(rotation: Tensor) -> Tensor:
 
 def orthogonality_defect(
     matrix: Float[Tensor, "replica layer head dim dim"],
-) -> Float[Tensor, " replica"]:
-    """||R R^T - I||_F^2, averaged over layers and heads."""
+) -> Float[Tensor, "replica layer head"]:
+    """||R R^T - I||_F^2 of every matrix."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return (matrix @ matrix.transpose(-2, -1) - eye).square().sum((-2, -1)).mean((1, 2))
+    return (matrix @ matrix.transpose(-2, -1) - eye).square().sum((-2, -1))
 
 
 class OrthogonalMatrix(Component):

@@ -120,8 +120,10 @@ class Rotary(nn.Module):
         log_base = self._log_base
         factors = config.base_factors
         if factors != (1.0,):
-            of_heads = [factors[h % len(factors)] for h in range(shape.n_heads)]
-            log_base = log_base + log_base.new_tensor(of_heads).log()
+            per_layer = config.base_per == "layer"
+            n = shape.n_layers if per_layer else shape.n_heads
+            spread = log_base.new_tensor([factors[i % len(factors)] for i in range(n)]).log()
+            log_base = log_base + (spread[:, None] if per_layer else spread)
             log_base = log_base.clamp(min=0.0)  # a base below 1 would turn later pairs faster
         channels = config.rotary_channels(shape.head_dim) * (2 if config.polar else 1)
         trained = config.trained_on(shape.context)
@@ -225,8 +227,13 @@ class Rotary(nn.Module):
         trained = self.config.trained_on(self.shape.context)
         return self.config.scaling != "dynamic" or max(before, trained) == max(seq, trained)
 
-    def penalty(self) -> Float[Tensor, " replica"]:
-        """||R R^T - I||_F^2 averaged over the model's rotations; 0 where there is no R."""
+    def penalty(self, gate: Float[Tensor, "replica head"]) -> Float[Tensor, " replica"]:
+        """||R R^T - I||_F^2 averaged over the model's rotations; 0 where there is no R.
+
+        Args:
+            gate: How far each head is open; closed ones do not count.
+        """
         if self.orthogonal is None:
             return torch.zeros_like(self._position_scale)
-        return orthogonality_defect(self.orthogonal())
+        defect = orthogonality_defect(self.orthogonal()).mean(1)
+        return (defect * gate).sum(1) / gate.sum(1)

@@ -45,6 +45,10 @@ def start(seeds, rotation, **options):
     return run
 
 
+def defect_of(run):
+    return run.model.rotation.penalty(torch.ones(run.n_runs, 4)).detach()
+
+
 def knobs_for(run, seeds):
     return {
         knob.name: np.array([KNOBS[knob.name][SEEDS.index(seed)] for seed in seeds])
@@ -143,7 +147,7 @@ def test_a_controller_can_move_the_rotation_itself():
         assert run.evaluate("probe") == pytest.approx(losses, abs=1e-12)
     run.apply({**still, "orthogonality_weight": np.array([0.1, 10.0])})
     run.advance(6)
-    defect = run.model.rotation.penalty().detach()
+    defect = defect_of(run)
     assert defect[1] < 0.7 * defect[0]
 
 
@@ -166,8 +170,19 @@ def test_the_orthogonality_weight_pulls_a_free_matrix_back():
     for weight in (0.0, 3.0):
         run = start(SEEDS, {"variant": "free", "orthogonality_weight": weight}, horizon=60)
         run.advance(60)
-        defects.append(run.model.rotation.penalty().detach())
+        defects.append(defect_of(run))
     assert (defects[1] < 0.5 * defects[0]).all()
+
+
+@pytest.mark.parametrize("rotation", ["givens", "t5", "frequencies"])
+def test_parameters_that_start_at_zero_leave_the_update_ratios_finite(rotation):
+    knobs = ("rotation_strength",) if rotation == "givens" else ("dropout",)
+    run = build_run(1, {**TINY, "rotation": rotation, "knobs": knobs, "default_dropout": 0.2})
+    run.reset([0], [run.sample_task(1)], [1])
+    assert run.model.knobs.dropout.item() == pytest.approx(0.2)  # whoever controls it or not
+    run.apply({knobs[0]: np.zeros(1)})
+    measured = run.advance(1)
+    assert 0 < measured.update_ratio_median[0] <= measured.update_ratio_max[0] < 10
 
 
 def test_rotation_parameters_are_not_decayed():

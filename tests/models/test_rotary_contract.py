@@ -211,8 +211,6 @@ def test_turning_keeps_the_norm_the_dtype_and_position_zero(rotation, dtype, seq
 
 @pytest.mark.parametrize("rotation", sorted(set(NAMES) - {"nope", "rope", "partial", "linear"}))
 def test_every_variant_differs_from_plain_rope(rotation):
-    if rotation in ("layer_bases", "head_bases"):
-        pytest.skip("the same until bases are moved apart, as the test of bases shows")
     model, plain = build(rotation), build("rope")
     ours = dict(model.named_parameters())
     with torch.no_grad():
@@ -285,7 +283,19 @@ def test_the_orthogonality_penalty_is_the_squared_defect_times_the_knob():
     torch.testing.assert_close(penalty[1].double(), 2 * defect.mean())
     for name in ("cayley", "exp", "householder"):
         assert build(name).penalty().abs().max() < 1e-12
-        assert build(name).rotation.penalty().max() < 1e-12
+        assert build(name).rotation.penalty(torch.ones(2, 4)).max() < 1e-12
+
+
+def test_closed_heads_have_no_part_in_the_penalty():
+    model = build("free")
+    model.set_knobs({"orthogonality_weight": 1.0, "embedding_width": 0.5})
+    model.knobs.settle_gates([0, 1])
+    r = model.rotation.orthogonal.weight
+    model.penalty().sum().backward()
+    assert (r.grad[:, :, 2:] == 0).all() and (r.grad[:, :, :2].abs().amax((-2, -1)) > 0).all()
+    eye = torch.eye(4, dtype=r.dtype)
+    defect = (r @ r.transpose(-2, -1) - eye).square().sum((-2, -1))[:, :, :2].mean((1, 2))
+    torch.testing.assert_close(model.penalty().double(), defect)
 
 
 # Folding -------------------------------------------------------------------------------------
@@ -306,6 +316,18 @@ def test_folded_rotations_give_the_same_logits_without_their_parameters(rotation
     again = AdaptiveTransformer(model.config, 2, dtype=torch.float64, sliced=sliced)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(tokens()), model(tokens()))
+
+
+def test_folding_keeps_what_is_frozen_frozen():
+    model = build("givens+t5").requires_grad_(False).eval().fold_rotations_()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.rotation.training
+
+
+@pytest.mark.parametrize("rotation", ["fire", "t5", "conditional", "block"])
+def test_a_float64_model_can_be_cast(rotation):
+    model = build(rotation).to(torch.bfloat16)
+    assert torch.isfinite(model(tokens())).all()
 
 
 @pytest.mark.parametrize("rotation", ["rope", "conditional", "t5", "polar+temperature"])

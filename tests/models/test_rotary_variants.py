@@ -22,6 +22,12 @@ def test_plus_combines_variants():
     )
 
 
+def test_whole_numbers_may_come_as_floats_and_values_may_turn_by_content_alone():
+    config = parse_rotation({"variant": "multi_givens", "n_rotations": 2.0})
+    assert config == parse_rotation("multi_givens") and isinstance(config.n_rotations, int)
+    assert parse_rotation("nope+conditional+value").value_rotation
+
+
 def test_each_name_is_a_variant_of_its_own():
     configs = [parse_rotation(name) for name in rotation_names()]
     assert len(set(configs)) == len(VARIANTS) == 30
@@ -39,17 +45,28 @@ def test_each_name_is_a_variant_of_its_own():
         ("rope+nope", "contradicts itself: 'rope' turns, 'nope' does not"),
         ("nope+frequencies", "learn_frequencies changes how positions turn, and with positions="),
         ("nope+yarn", "scaling changes how positions turn"),
+        ("nope+partial", "rotary_share changes how positions turn"),
+        ("nope+head_bases", "base_per changes how positions turn"),
+        ("nope+value", "without conditional angles nothing turns"),
+        ({"variant": "cayley", "orthogonality_weight": 1.0}, "needs orthogonal='free'"),
+        ({"base_factors": [1.0, float("inf")]}, "base_factors must be one or more finite"),
+        ({"base_factors": [1.0, float("nan")]}, "base_factors must be one or more finite"),
+        ({"scaling": "yarn", "scaling_factor": float("inf")}, "scaling_factor must be at least 1"),
+        ({"n_rotations": float("inf"), "givens": "butterfly"}, "must be a whole number, got inf"),
         ("polar+value", "polar has one frequency per channel and value_rotation one per pair"),
         ({"n_rotations": 3}, "n_rotations=3 needs givens"),
         ({"rotary_share": 0.0}, r"rotary_share must be in \(0, 1\], got 0.0"),
         ({"bias": "t6"}, "bias must be one of None, t5, alibi, kerple, fire, got 't6'"),
-        ({"base_factors": []}, "base_factors must be one or more above 0"),
+        ({"base_factors": []}, "base_factors must be one or more finite"),
         ({"base_factors": 3.0}, "base_factors must be a list of numbers, got 3.0"),
         ({"conditional": "yes"}, "conditional must be true or false, got 'yes'"),
         ({"n_rotations": "two"}, "n_rotations must be a whole number, got 'two'"),
         ({"n_rotations": None, "givens": "butterfly"}, "n_rotations must be a whole number"),
         ({"givens": 3}, "givens must be a name, got 3"),
-        ({"scaling": "yarn", "scaling_factor": 0.5}, "scaling_factor must be at least 1, got 0.5"),
+        (
+            {"scaling": "yarn", "scaling_factor": 0.5},
+            "scaling_factor must be at least 1 and finite, got 0.5",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_words(rotation, message):
