@@ -231,16 +231,7 @@ def building(options: Options) -> dict[str, Any]:
     }
     for rotation in ("givens", "butterfly", "free", "cayley", "exp", "householder", "block"):
         config = TransformerConfig(rotation=rotation, **LARGE)  # type: ignore[arg-type]
-        shape = Shape(
-            n_replicas=1,
-            n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            d_model=config.d_model,
-            head_dim=config.head_dim,
-            context=config.context,
-            device=options.device,
-        )
-        rotary = Rotary(config.rotary, shape)
+        rotary = Rotary(config.rotary, config.rotation_shape(device=options.device))
         rotary.initialise(0, torch.Generator().manual_seed(0))
         ones = torch.ones(1, device=options.device)
         rotary.refresh((10_000.0 * ones).log(), ones)

@@ -8,6 +8,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import torch
+
+from models.rotary.component import Shape
 from models.rotary.config import RotationConfig, parse_rotation
 from models.rotary.frequencies import useful_base
 
@@ -98,6 +101,25 @@ class TransformerConfig:
     def rotary(self) -> RotationConfig:
         """The rotation, spelt out."""
         return parse_rotation(self.rotation)
+
+    def rotation_shape(
+        self,
+        n_replicas: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Shape:
+        """Sizes that the rotation of such models is built for."""
+        return Shape(
+            n_replicas=n_replicas,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            d_model=self.d_model,
+            head_dim=self.head_dim,
+            context=self.context,
+            dtype=dtype,
+            device=device,
+        )
 
     @property
     def hidden_units(self) -> int:

@@ -15,7 +15,7 @@ from models.generation import generate
 from models.knobs import Knobs
 from models.layers import Pass, attention, drop, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
-from models.rotary import Rotary, Shape, fold
+from models.rotary import Rotary, fold
 
 
 class AdaptiveTransformer(nn.Module):
@@ -99,18 +99,8 @@ class AdaptiveTransformer(nn.Module):
         self.refresh()
 
     def _build_rotation(self, device: torch.device | str | None, dtype: torch.dtype) -> Rotary:
-        config = self.config
-        shape = Shape(
-            n_replicas=self.n_replicas,
-            n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            d_model=config.d_model,
-            head_dim=config.head_dim,
-            context=config.context,
-            dtype=dtype,
-            device=device,
-        )
-        return Rotary(config.rotary, shape)
+        shape = self.config.rotation_shape(self.n_replicas, dtype=dtype, device=device)
+        return Rotary(self.config.rotary, shape)
 
     def set_knobs(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets knob values in place; a width change then fades in through `step_gates`.

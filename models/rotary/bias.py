@@ -1,5 +1,6 @@
 """Relative biases, learned per head and added to the logits inside the softmax."""
 
+import abc
 import math
 
 import torch
@@ -14,7 +15,7 @@ _T5_BUCKETS, _T5_FARTHEST = 32, 128
 _FIRE_UNITS = 32
 
 
-class RelativeBias(Component):
+class RelativeBias(Component, abc.ABC):
     """A learned function of the distance between query and key, per layer and head."""
 
     def forward(
@@ -29,11 +30,11 @@ class RelativeBias(Component):
         distance = (query[:, None] - key[None, :]).clamp(min=0)
         return self.at_distance(distance.flatten()).unflatten(-1, distance.shape)
 
+    @abc.abstractmethod
     def at_distance(
         self, distance: Float[Tensor, " distance"]
     ) -> Float[Tensor, "replica layer head distance"]:
         """Biases by distance in tokens."""
-        raise NotImplementedError
 
     def by_distance_up_to(self, seq: int) -> bool:
         """Whether within `seq` tokens the bias depends on the distance alone."""
@@ -156,4 +157,6 @@ class FireBias(RelativeBias):
 def build_bias(kind: str, shape: Shape, n_layers: int, trained_context: int) -> RelativeBias:
     if kind == "fire":
         return FireBias(shape, n_layers, trained_context)
-    return {"t5": T5Bias, "alibi": AlibiBias, "kerple": KerpleBias}[kind](shape, n_layers)
+    if kind == "t5":
+        return T5Bias(shape, n_layers)
+    return AlibiBias(shape, n_layers) if kind == "alibi" else KerpleBias(shape, n_layers)
