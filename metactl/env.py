@@ -19,7 +19,7 @@ from metactl.config import parse
 from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.run import Measurement, TrainingRun
-from metactl.signals import BOUND, Codec, History
+from metactl.signals import BOUND, GROUPS, Codec, History
 
 
 @validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -32,6 +32,8 @@ class ControlConfig:
         reward_scale: Improvement of a default run, in nats; the reward's unit.
         random_start: Probability that an episode begins with random knob positions.
         freeze: Probability that a knob is frozen (unavailable) in an episode.
+        hide: Probability that a group of signals is hidden in an episode, as if the run could not
+            measure it.
     """
 
     n_control_steps: int = 40
@@ -39,11 +41,12 @@ class ControlConfig:
     reward_scale: float = 1.0
     random_start: float = 0.0
     freeze: float = 0.0
+    hide: float = 0.0
 
     def __post_init__(self) -> None:
         if self.n_control_steps < 1:
             raise ValueError(f"n_control_steps must be at least 1, got {self.n_control_steps}")
-        for name in ("random_start", "freeze"):
+        for name in ("random_start", "freeze", "hide"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
@@ -65,12 +68,14 @@ class Episode:
         run_seed: Determines weights, batches and noise.
         positions: Knob positions `[n_knobs]` in [0, 1].
         available: 1 where a knob may move, `[n_knobs]`.
+        hidden: Groups of signals that are not observed.
     """
 
     task_seed: int
     run_seed: int
     positions: FloatArray
     available: FloatArray
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,7 @@ class ControlLoop:
         self.positions = self.knobs.default_positions(n)
         self.last_moves = np.zeros((n, k))
         self.available = np.ones((n, k))
+        self.visible = np.ones((n, len(GROUPS)))
         self.control_step = np.zeros(n, dtype=np.int64)
         self.value = np.zeros(n)
         self.start_loss = np.zeros(n)
@@ -135,7 +141,11 @@ class ControlLoop:
         if not available.any():
             available[rng.integers(len(self.knobs))] = 1.0
         return Episode(
-            task_seed=task_seed, run_seed=run_seed, positions=positions, available=available
+            task_seed=task_seed,
+            run_seed=run_seed,
+            positions=positions,
+            available=available,
+            hidden=tuple(group for group in GROUPS if rng.random() < self.config.hide),
         )
 
     def reset(self, rows: Sequence[int], episodes: Sequence[Episode]) -> np.ndarray:
@@ -146,6 +156,7 @@ class ControlLoop:
         for row, episode in zip(rows, episodes, strict=True):
             self.positions[row] = episode.positions
             self.available[row] = episode.available
+            self.visible[row] = [group not in episode.hidden for group in GROUPS]
         self.run.apply(self.knobs.values(self.positions))
         loss = self.run.evaluate("probe", rows)
         self.history.reset(rows, {"progress": np.zeros(len(rows)), "probe_loss": loss})
@@ -156,7 +167,9 @@ class ControlLoop:
         return self.observe()
 
     def observe(self) -> np.ndarray:
-        return self.codec.observe(self.history, self.positions, self.last_moves, self.available)
+        return self.codec.observe(
+            self.history, self.positions, self.last_moves, self.available, self.visible
+        )
 
     def step(self, action: np.ndarray) -> Step:
         """Moves the knobs, trains, and says what was seen and what it was worth."""
@@ -204,7 +217,8 @@ class ControlLoop:
 
     @staticmethod
     def _own_arrays() -> tuple[str, ...]:
-        return ("positions", "last_moves", "available", "control_step", "value", "start_loss")
+        episode = ("positions", "last_moves", "available", "visible")
+        return (*episode, "control_step", "value", "start_loss")
 
 
 def spread_seed(stream: int, place: int) -> int:

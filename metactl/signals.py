@@ -277,6 +277,7 @@ class Codec:
         positions: FloatArray,
         last_moves: FloatArray,
         available: FloatArray,
+        visible: FloatArray | None = None,
     ) -> np.ndarray:
         """Observations `[n_runs, len(self)]`, float32 in [-10, 10].
 
@@ -285,15 +286,18 @@ class Codec:
             positions: `[n_runs, n_knobs]` in [0, 1].
             last_moves: `[n_runs, n_knobs]`, share of the largest move.
             available: `[n_runs, n_knobs]`, 1 where a knob can move, else 0.
+            visible: `[n_runs, n_groups]`, 0 where a group counts as not measured; all by default.
         """
         n = len(positions)
         out = np.zeros((n, len(self)), dtype=np.float64)
+        known = {signal.group: np.isfinite(history.latest(signal.group)) for signal in self.signals}
+        for i, group in enumerate(GROUPS):
+            if visible is not None:
+                known[group] = known[group] & (visible[:, i] > 0)
+            out[:, len(self.signals) + i] = known[group]
         with np.errstate(all="ignore"):
             for i, signal in enumerate(self.signals):
-                measured = np.isfinite(history.latest(signal.group))
-                out[:, i] = np.where(measured, signal.function(history), 0.0)
-        for i, group in enumerate(GROUPS, start=len(self.signals)):
-            out[:, i] = np.isfinite(history.latest(group))
+                out[:, i] = np.where(known[signal.group], signal.function(history), 0.0)
         entries = np.stack((2 * positions - 1, last_moves, np.ones_like(available)), axis=2)
         out[:, -3 * len(self.knobs) :] = (entries * available[:, :, None]).reshape(n, -1)
         return np.nan_to_num(np.clip(out, -BOUND, BOUND), nan=0.0).astype(np.float32)

@@ -11,6 +11,7 @@ from toy_plant import TOY, ToyPlant
 from envs.transformer_run import build_run
 from metactl.env import ControlConfig, ControlLoop, TrainingRunEnv, TrainingRunVectorEnv
 from metactl.shards import ShardRow
+from metactl.signals import GROUPS
 from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
@@ -214,6 +215,26 @@ def test_freezing_everything_still_leaves_every_run_one_knob():
     assert env.loop.available.sum(axis=1).tolist() == [1] * 8
 
 
+def test_hidden_signal_groups_are_observed_as_not_measured_for_a_whole_episode():
+    plain, env = toys(16), toys(16, hide=0.5)
+    plain.reset(seed=0), env.reset(seed=0)
+    loop = env.loop
+    assert 0.2 < loop.visible.mean() < 0.8
+    probe = GROUPS.index("probe_loss")
+    for _ in range(3):
+        still = np.zeros((16, 2))
+        seen, reward = env.step(still)[:2]
+        full, own_reward = plain.step(still)[:2]
+        np.testing.assert_array_equal(reward, own_reward)  # what it is worth does not change
+        flags = np.stack([loop.codec.read(seen, f"has/{group}") for group in GROUPS], axis=1)
+        all_flags = [loop.codec.read(full, f"has/{group}") for group in GROUPS]
+        np.testing.assert_array_equal(flags, np.stack(all_flags, axis=1) * loop.visible)
+        level = loop.codec.read(seen, "signal/probe_level")
+        expected = loop.codec.read(full, "signal/probe_level") * loop.visible[:, probe]
+        np.testing.assert_array_equal(level, expected)
+        assert (expected != 0).any()
+
+
 @pytest.mark.parametrize(("share", "moved"), [(0.0, 0), (1.0, 8)])
 def test_episodes_begin_at_the_defaults_unless_told_otherwise(share, moved):
     env = toys(8, random_start=share)
@@ -279,6 +300,7 @@ def test_more_decisions_than_optimizer_steps_are_refused(make):
     ("options", "message"),
     [
         ({"n_control_steps": 0}, "n_control_steps must be at least 1, got 0"),
+        ({"hide": -0.1}, r"hide must be in \[0, 1\], got -0.1"),
         ({"freeze": 1.5}, r"freeze must be in \[0, 1\], got 1.5"),
         ({"random_start": -0.1}, r"random_start must be in \[0, 1\], got -0.1"),
         ({"reward_scale": 0.0}, "reward scale must be above 0 nats, got 0"),
