@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import qmc
 
 from metactl.config import ConfigError
-from metactl.controllers import Controller, Guard, Learned, Replay, Responsive, Static
+from metactl.controllers import BaseController, Guard, Learned, Replay, Responsive, Static
 from metactl.env import Episode
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
@@ -32,7 +32,7 @@ class Arm:
 
     name: str
     positions: FloatArray
-    controller: Controller
+    controller: BaseController
 
 
 @dataclass(frozen=True, kw_only=True)

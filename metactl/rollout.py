@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.env import ControlLoop, Episode, Step
 from metactl.knobs import FloatArray
 
@@ -24,7 +24,7 @@ class Trial:
 
     arm: str
     episode: Episode
-    controller: Controller
+    controller: BaseController
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ def play(
     ]
 
 
-def _by_controller(trials: Sequence[Trial]) -> list[tuple[Controller, list[int]]]:
+def _by_controller(trials: Sequence[Trial]) -> list[tuple[BaseController, list[int]]]:
     """Rows of each distinct controller object; it acts for all of them at once."""
-    groups: dict[int, tuple[Controller, list[int]]] = {}
+    groups: dict[int, tuple[BaseController, list[int]]] = {}
     for row, trial in enumerate(trials):
         groups.setdefault(id(trial.controller), (trial.controller, []))[1].append(row)
     return list(groups.values())

@@ -1,6 +1,6 @@
 """Controllers: what turns observations into knob moves, learned or not."""
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.controllers.guard import Guard
 from metactl.controllers.learned import Learned
 from metactl.controllers.random import RandomMoves
@@ -10,7 +10,7 @@ from metactl.controllers.schedule import Schedule
 from metactl.controllers.static import Static
 
 __all__ = [
-    "Controller",
+    "BaseController",
     "Guard",
     "Learned",
     "RandomMoves",

@@ -1,21 +1,26 @@
 """The base of all controllers."""
 
 import abc
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from metactl.arrays import from_json, to_json
 from metactl.signals import Codec
 
 
-class Controller(abc.ABC):
+class BaseController(abc.ABC):
     """Turns observations into actions, for any number of runs at once.
 
     A controller sees what every controller sees: the observation of `metactl.signals.Codec`. It
-    may remember things per run; `begin` clears them.
+    may remember things per run; `begin` clears them, and `memory` names the attributes (arrays or
+    plain numbers) that hold them.
     """
 
     codec: Codec
     n_runs: int
+    memory: tuple[str, ...] = ()
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         """Prepares for `n_runs` new runs whose observations `codec` puts together."""
@@ -24,6 +29,15 @@ class Controller(abc.ABC):
     @abc.abstractmethod
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n_runs, n_knobs]` in [-1, 1] from observations `[n_runs, n_observations]`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered since `begin`, as JSON values."""
+        return {name: to_json(getattr(self, name)) for name in self.memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a state in force; `begin` comes first."""
+        for name in self.memory:
+            setattr(self, name, from_json(state[name], getattr(self, name)))
 
     def hold(self) -> np.ndarray:
         """The actions that move nothing."""

@@ -1,10 +1,12 @@
 """The guard: whatever a controller does, the training run goes on."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.signals import Codec
 
 logger = logging.getLogger(__name__)
@@ -12,7 +14,7 @@ logger = logging.getLogger(__name__)
 _LOSS_SIGNALS = ("signal/probe_level", "signal/train_level")
 
 
-class Guard(Controller):
+class Guard(BaseController):
     """Wraps a controller: bounds its actions, and takes over when it fails or the loss leaves.
 
     - A non-finite action moves nothing.
@@ -26,17 +28,25 @@ class Guard(Controller):
         band: Rise of the log loss over its best that is tolerated (0.2: by a factor of 1.22).
         patience: Control steps at the last good knobs before the defaults are tried.
         n_control_steps: Decisions per run.
+        strict: Let the controller's exceptions through.
+
+    Attributes:
+        reasons: Per run, why the last action was not the controller's; empty where it was.
     """
+
+    memory = ("_best", "_outside", "_good", "vetoes", "failed")
 
     def __init__(
         self,
-        controller: Controller,
+        controller: BaseController,
         *,
         band: float = 0.2,
         patience: int = 4,
         n_control_steps: int = 40,
+        strict: bool = False,
     ) -> None:
         self.controller, self.band, self.patience = controller, band, patience
+        self.strict = strict
         self.share = 1 / n_control_steps
         self.failed = False
 
@@ -47,22 +57,51 @@ class Guard(Controller):
         self._outside = np.zeros(n_runs, dtype=np.int64)
         self._good = codec.knobs.default_positions(n_runs)
         self.vetoes = np.zeros(n_runs, dtype=np.int64)
+        self.reasons = [""] * n_runs
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "controller": self.controller.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.controller.load_state_dict(state["controller"])
+
+    def act(self, observation: np.ndarray, diverged: np.ndarray | None = None) -> np.ndarray:
+        """Actions that are safe.
+
+        Args:
+            observation: `[n_runs, n_observations]`.
+            diverged: `[n_runs]`, where a loss was not finite, which no observation can say.
+        """
         wanted = self._ask(observation)
         finite = np.asarray(np.isfinite(wanted).all(axis=1))
         actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
         loss = self._loss(observation)
+        if diverged is not None:
+            loss = np.where(diverged, np.inf, loss)
         self._outside = np.where(loss > self._best + self.band, self._outside + 1, 0)
         inside = np.asarray(self._outside == 0)
         improved = inside & (loss <= self._best)
         self._best = np.minimum(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
         defaults = self.codec.knobs.default_positions(self.n_runs)
-        home = np.where((self._outside > self.patience)[:, None], defaults, self._good)
+        lost = self._outside > self.patience
+        home = np.where(lost[:, None], defaults, self._good)
         back = self.towards(home, observation, self.share)
         self.vetoes += ~inside | ~finite
+        with np.errstate(invalid="ignore"):
+            rise = loss - self._best
+        self.reasons = [self._reason(*row) for row in zip(inside, finite, lost, rise, strict=True)]
         return np.where(inside[:, None], actions, back)
+
+    def _reason(self, inside: bool, finite: bool, lost: bool, rise: float) -> str:
+        if not inside:
+            home = "the defaults" if lost else "the last good knobs"
+            bad = f"{np.expm1(rise):.0%} above its best" if np.isfinite(rise) else "not finite"
+            return f"the loss is {bad}: back to {home}"
+        if not finite:
+            return "the controller's action is not finite: nothing moves"
+        return "the controller failed and is off" if self.failed else ""
 
     def _ask(self, observation: np.ndarray) -> np.ndarray:
         if self.failed:
@@ -74,6 +113,8 @@ class Guard(Controller):
                 raise ValueError(f"actions must have shape {expected}, got {wanted.shape}")
             return wanted
         except Exception:
+            if self.strict:
+                raise
             self.failed = True
             logger.warning("The controller failed and is off; the run goes on", exc_info=True)
             return self.hold()

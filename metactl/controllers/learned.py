@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.policy import Policy
 from metactl.signals import Codec
 
 
-class Learned(Controller):
+class Learned(BaseController):
     """Acts by a policy; knobs and signals are matched by name.
 
     Knobs that the policy does not know are left alone; what the policy expects and the run does

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.signals import Codec
 
 
-class RandomMoves(Controller):
+class RandomMoves(BaseController):
     """A random walk of every knob.
 
     Args:
@@ -14,13 +14,17 @@ class RandomMoves(Controller):
         scale: Standard deviation of an action, as a share of the largest move.
     """
 
+    memory = ("_made",)
+
     def __init__(self, seed: int, scale: float = 0.5) -> None:
         self.seed, self.scale = seed, scale
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
-        self._rng = np.random.default_rng(self.seed)
+        self._made = 0
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        moves = self._rng.normal(0, self.scale, (self.n_runs, len(self.codec.knobs)))
+        rng = np.random.default_rng([self.seed, self._made])  # so that a resumed run goes on alike
+        self._made += 1
+        moves = rng.normal(0, self.scale, (self.n_runs, len(self.codec.knobs)))
         return np.clip(moves, -1, 1)

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.signals import Codec
 
 
-class Responsive(Controller):
+class Responsive(BaseController):
     """Moves one knob in steps on its own scale while the smoothed loss does not improve.
 
     The rule compares a smoothed loss with its best so far (not single batches), waits for
@@ -20,6 +20,8 @@ class Responsive(Controller):
         smoothing: Weight of the newest loss in the moving average.
         tolerance: Relative improvement of the smoothed loss that counts.
     """
+
+    memory = ("_smoothed", "_best", "_waited", "_direction", "_moved")
 
     def __init__(
         self,

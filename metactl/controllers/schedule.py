@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 from metactl.knobs import FloatArray
 
 
-class Schedule(Controller):
+class Schedule(BaseController):
     """Follows positions given at fixed points of progress, linear in between.
 
     Args:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from metactl.controllers.base import Controller
+from metactl.controllers.base import BaseController
 
 
-class Static(Controller):
+class Static(BaseController):
     """Moves nothing; the setting is where the run begins."""
 
     def act(self, observation: np.ndarray) -> np.ndarray:

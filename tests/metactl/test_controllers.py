@@ -7,7 +7,7 @@ from toy_plant import ToyPlant
 
 from metactl import Knob, KnobSet, Policy
 from metactl.controllers import (
-    Controller,
+    BaseController,
     Guard,
     Learned,
     RandomMoves,
@@ -69,7 +69,7 @@ def played(controllers, n_rows=None, config=None):
     return play(loop, trials)
 
 
-class Scripted(Controller):
+class Scripted(BaseController):
     """Answers what it is told to, or raises it."""
 
     def __init__(self, answer):

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from toy_plant import Overfitting, ToyPlant
 
-from metactl.controllers import Controller, RandomMoves, Static
+from metactl.controllers import BaseController, RandomMoves, Static
 from metactl.env import ControlConfig, ControlLoop
 from metactl.rollout import BestCheckpoint, Trial, play
 
 N = 10
 
 
-class Push(Controller):
+class Push(BaseController):
     """Moves the first knob up, always."""
 
     def act(self, observation):

@@ -1,0 +1,60 @@
+"""Knobs of somebody else's training run: found, tried, and then moved."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from metactl.adapters.base import AttachError, FunctionKnob, KnobAdapter
+from metactl.adapters.dropout import DropoutKnob
+from metactl.adapters.optimizer import LearningRateKnob, WeightDecayKnob
+from metactl.adapters.rope import RopeBaseKnob
+from metactl.adapters.trial import make_trial
+from metactl.knobs import unknown_name
+
+__all__ = ["KNOWN", "AttachError", "FunctionKnob", "KnobAdapter", "find_adapters"]
+
+KNOWN = ("rope_base", "dropout", "learning_rate_multiplier", "weight_decay")
+
+
+def find_adapters(
+    wanted: Sequence[str | KnobAdapter],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    example: Any = None,
+) -> tuple[list[KnobAdapter], dict[str, str]]:
+    """The adapters that proved to work, and by name why others did not.
+
+    Args:
+        wanted: Names from `KNOWN`, or adapters of the user's own.
+        model: The model.
+        optimizer: Its optimizer.
+        example: An input for the trial; see `metactl.adapters.trial.make_trial`.
+
+    Raises:
+        AttachError: For an unknown name.
+    """
+    trial = make_trial(model, example)
+    makers: dict[str, Callable[[], KnobAdapter]] = {
+        "rope_base": lambda: RopeBaseKnob(model, trial),
+        "dropout": lambda: DropoutKnob(model, trial),
+        "learning_rate_multiplier": lambda: LearningRateKnob(optimizer),
+        "weight_decay": lambda: WeightDecayKnob(optimizer),
+    }
+    found: list[KnobAdapter] = []
+    missing: dict[str, str] = {}
+    for entry in wanted:
+        if isinstance(entry, str) and entry not in makers:
+            raise AttachError(unknown_name("knob", entry, KNOWN))
+    for entry in wanted:
+        adapter: KnobAdapter | None = None
+        try:
+            adapter = makers[entry]() if isinstance(entry, str) else entry
+            adapter.verify()
+            found.append(adapter)
+        except AttachError as error:
+            if adapter is not None:
+                adapter.close()
+            missing[entry if isinstance(entry, str) else entry.knob.name] = str(error)
+    return found, missing

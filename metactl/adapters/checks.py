@@ -1,0 +1,52 @@
+"""What `Controller.attach` is given, checked before anything is touched."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from metactl.adapters.base import AttachError
+
+Log = Callable[[str, float, int], object]
+
+
+def check_attachment(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    total_steps: int | None,
+    tokens: tuple[float | None, float | None],
+    on_unsupported: str | None,
+) -> None:
+    """Refuses in words what a controller cannot be attached to."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"model must be a torch module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise AttachError(
+            f"optimizer must be a torch optimizer, got {type(optimizer).__name__}; "
+            f"of a wrapper, give the optimizer inside"
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trained and p.requires_grad for p in model.parameters()):
+        raise AttachError("the optimizer trains no parameter of the model")
+    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 2):
+        raise AttachError(f"total_steps must be at least 2 optimizer steps, got {total_steps}")
+    for name, value in zip(("tokens_per_step", "unique_tokens"), tokens, strict=True):
+        if value is not None and not 0 < value < math.inf:
+            raise AttachError(f"{name} must be above 0 tokens and finite, got {value}")
+    if on_unsupported not in (None, "mask", "raise"):
+        raise AttachError(f"on_unsupported must be 'mask' or 'raise', got {on_unsupported!r}")
+
+
+def log_function(log: Any) -> Log:
+    """What a user gives for logging, as one function."""
+    if log is None:
+        return lambda tag, value, step: None
+    if hasattr(log, "add_scalar"):
+        return lambda tag, value, step: log.add_scalar(tag, value, step)
+    if callable(log):
+        return log
+    raise AttachError(
+        f"log must be a SummaryWriter or a function of (tag, value, step), got {type(log).__name__}"
+    )

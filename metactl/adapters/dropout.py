@@ -1,0 +1,87 @@
+"""Dropout of any module tree: every dropout module, and probabilities kept as attributes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from metactl.adapters.base import AttachError, ModelKnob, is_compiled, unwrapped
+from metactl.knobs import Knob
+
+_ATTRIBUTES = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
+_CONFIG = (
+    "attention_dropout",
+    "hidden_dropout",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "dropout",
+)
+
+
+class DropoutKnob(ModelKnob):
+    """Moves all dropout probabilities together, keeping their proportions.
+
+    The value is the largest probability. Where all are 0, all get the value. Entries of a
+    model's `config` follow, so that a saved checkpoint carries the value in force. Under
+    `torch.compile`, where every new probability compiles anew, there are only a few levels.
+
+    Args:
+        model: The model.
+        trial: Computes the model's output in the given mode.
+    """
+
+    def __init__(self, model: nn.Module, trial: Callable[[bool], Tensor]) -> None:
+        super().__init__(model, lambda: trial(True))
+        inner = unwrapped(model)
+        modules = list(_module_places(inner))
+        if not modules:
+            raise AttachError("the model has no dropout module and no dropout attribute")
+        config = getattr(inner, "config", None)
+        self._lead = modules[0]
+        for place in modules:
+            if getattr(*place) > getattr(*self._lead):
+                self._lead = place
+        places = [*modules, *((config, name) for name in _CONFIG if _is_number(config, name))]
+        self._places = [(owner, name, getattr(owner, name)) for owner, name in places]
+        self._first = float(getattr(*self._lead))
+        self.knob = _knob(self._first, is_compiled(model))
+
+    def read(self) -> float:
+        return float(getattr(*self._lead))
+
+    def write(self, value: float) -> None:
+        for owner, name, first in self._places:
+            share = first / self._first if self._first else 1.0
+            setattr(owner, name, min(value * share, 1.0))
+
+    def restore(self) -> None:
+        for owner, name, first in self._places:
+            setattr(owner, name, first)
+
+
+def _knob(default: float, compiled: bool) -> Knob:
+    if not compiled:
+        return Knob(name="dropout", low=0.0, high=max(0.6, default), default=default)
+    levels = (0.0, 0.15, 0.3) if default == 0 else (0.0, default, min(2 * default, 1.0))
+    if default == 1.0:
+        levels = (0.0, 0.5, 1.0)
+    return Knob(
+        name="dropout", low=0.0, high=levels[-1], default=default, scale="levels", levels=levels
+    )
+
+
+def _module_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            yield module, "p"
+        else:
+            for name in _ATTRIBUTES:
+                if _is_number(module, name):
+                    yield module, name
+
+
+def _is_number(owner: Any, name: str) -> bool:
+    value = getattr(owner, name, None)
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

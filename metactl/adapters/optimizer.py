@@ -1,0 +1,139 @@
+"""Knobs of any torch optimizer: a multiplier of its learning rate, and its weight decay."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metactl.adapters.base import AttachError, KnobAdapter, same
+from metactl.knobs import Knob
+
+_KEY = "learning_rate_multiplier"
+
+
+class LearningRateKnob(KnobAdapter):
+    """Multiplies the learning rate of every group, beside whatever schedule sets it.
+
+    The factor is in force within `optimizer.step` only: a scheduler that reads or scales the rates
+    never sees it. It is kept in the groups, so that a checkpoint of the optimizer carries it.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    knob = Knob(name=_KEY, low=0.1, high=4.0, default=1.0, scale="log2", unit="factor")
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._kept: list[Any] = []
+        self.write(float(optimizer.param_groups[0].get(_KEY, 1.0)))
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._multiply()),
+            optimizer.register_step_post_hook(lambda *_: self._return()),
+        ]
+
+    def read(self) -> float:
+        return float(self.optimizer.param_groups[0].get(_KEY, 1.0))
+
+    def write(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group[_KEY] = value
+
+    def restore(self) -> None:
+        self.write(1.0)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for group in self.optimizer.param_groups:
+            group.pop(_KEY, None)
+
+    def verify(self) -> None:
+        def update(value: float) -> Tensor:
+            small, parameter = _small(self.optimizer)
+            adapter = LearningRateKnob(small)
+            adapter.write(value)
+            small.step()
+            return parameter.detach()
+
+        if same(update(1.0), update(self.far())):
+            raise AttachError("moving it does not change the update")
+        if not same(update(1.0), update(1.0)):
+            raise AttachError("the optimizer's update is not reproducible")
+
+    def _multiply(self) -> None:
+        self._kept = []
+        for group in self.optimizer.param_groups:
+            rate, factor = group["lr"], group.get(_KEY, 1.0)
+            if isinstance(rate, Tensor):  # in place: a captured graph reads this very tensor
+                self._kept.append(rate.clone())
+                rate.mul_(factor)
+            else:
+                self._kept.append(rate)
+                group["lr"] = rate * factor
+
+    def _return(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._kept, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+
+
+class WeightDecayKnob(KnobAdapter):
+    """Moves the weight decay of the groups that have one, keeping their proportions.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._first = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        self._lead = max(range(len(self._first)), key=self._first.__getitem__)
+        default = float(self._first[self._lead])
+        if default <= 0:
+            raise AttachError("no group of the optimizer has a weight decay above 0")
+        low, high = min(1e-4, default), max(1.0, default)
+        self.knob = Knob(name="weight_decay", low=low, high=high, default=default, scale="log2")
+
+    def read(self) -> float:
+        return float(self.optimizer.param_groups[self._lead]["weight_decay"])
+
+    def write(self, value: float) -> None:
+        share = value / self._first[self._lead]
+        for group, first in zip(self.optimizer.param_groups, self._first, strict=True):
+            if first:
+                group["weight_decay"] = first * share
+
+    def restore(self) -> None:
+        for group, first in zip(self.optimizer.param_groups, self._first, strict=True):
+            if first:
+                group["weight_decay"] = first
+
+    def verify(self) -> None:
+        def update(value: float) -> Tensor:
+            small, parameter = _small(self.optimizer, weight_decay=value)
+            small.step()
+            return parameter.detach()
+
+        if same(update(self.knob.low), update(self.knob.high)):
+            raise AttachError("moving it does not change the update")
+
+
+def _small(optimizer: torch.optim.Optimizer, **changes: Any) -> tuple[Any, Tensor]:
+    """An optimizer of the same kind over one parameter, about to take a step."""
+    parameter = torch.nn.Parameter(torch.linspace(-2.0, 2.0, 8).reshape(2, 4))
+    parameter.grad = torch.linspace(1.0, 3.0, 8).reshape(2, 4)
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", _KEY)}
+    # A warm-up begins at 0, where no update can differ; capturing needs a GPU.
+    tame = {"lr": 1e-2, "capturable": False, "fused": None}
+    options |= {name: value for name, value in tame.items() if name in options}
+    options |= changes
+    try:
+        kind: Any = type(optimizer)
+        return kind([{"params": [parameter], **options}], lr=1e-2), parameter
+    except Exception as error:
+        raise AttachError(
+            f"{type(optimizer).__name__} cannot be tried ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,106 @@
+"""RoPE base of transformers' models: the configuration's entry and the buffers made from it."""
+
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metactl.adapters.base import AttachError, ModelKnob, unwrapped
+from metactl.knobs import Knob
+
+_KEY = "rope_theta"  # transformers' name for the base
+_FULL = "full_attention"
+
+
+class RopeBaseKnob(ModelKnob):
+    """Moves the base by rewriting the inverse frequencies in place.
+
+    The configuration's `rope_parameters` follows: the buffers are not part of a checkpoint, and a
+    reloaded model makes them from there. Where layer types have bases of their own, that of the
+    full attention moves.
+
+    Args:
+        model: The model.
+        trial: Computes the model's output in the given mode.
+    """
+
+    def __init__(self, model: nn.Module, trial: Callable[[bool], Tensor]) -> None:
+        super().__init__(model, lambda: trial(False))
+        inner = unwrapped(model)
+        self._rotaries = [m for m in inner.modules() if _buffers(m) and hasattr(m, "config")]
+        if not self._rotaries:
+            raise AttachError("the model has no rotary embedding as transformers makes them")
+        self._parameters = [_parameters(m.config) for m in self._rotaries]
+        bases = {float(p[_KEY]) for p in self._parameters}
+        if len(bases) > 1:
+            raise AttachError(f"the model has several bases: {sorted(bases)}")
+        self._first = self._parameters[0][_KEY]
+        self._tensors = [
+            (buffer, buffer.detach().clone()) for m in self._rotaries for buffer in _buffers(m)
+        ]
+        base = float(self._first)
+        self.knob = Knob(
+            name="rope_base",
+            low=min(4.0, base),
+            high=max(1e6, base),
+            default=base,
+            scale="log2",
+            unit="base",
+        )
+
+    def read(self) -> float:
+        return float(self._parameters[0][_KEY])
+
+    def write(self, value: float) -> None:
+        for rotary, parameters in zip(self._rotaries, self._parameters, strict=True):
+            parameters[_KEY] = float(value)
+            frequencies = _frequencies(rotary)
+            with torch.no_grad():
+                for buffer in _buffers(rotary):
+                    buffer.copy_(frequencies)
+
+    def restore(self) -> None:
+        for parameters in self._parameters:
+            parameters[_KEY] = self._first
+        with torch.no_grad():
+            for buffer, value in self._tensors:
+                buffer.copy_(value)
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    plain = ("inv_freq", "original_inv_freq")
+    names = (*plain, *(f"{_FULL}_{name}" for name in plain))
+    own = dict(module.named_buffers(recurse=False))
+    return [own[name] for name in names if name in own]
+
+
+def _parameters(config: Any) -> MutableMapping[str, Any]:
+    found = next(_with_base(getattr(config, "rope_parameters", None)), None)
+    if found is None:
+        raise AttachError("the model's config has no rope_parameters with a rope_theta")
+    return found
+
+
+def _with_base(parameters: Any) -> Iterator[MutableMapping[str, Any]]:
+    if isinstance(parameters, MutableMapping):
+        if _KEY in parameters:
+            yield parameters
+        elif _FULL in parameters:
+            yield from _with_base(parameters[_FULL])
+
+
+def _frequencies(rotary: Any) -> Tensor:
+    """The inverse frequencies, by the function with which the model itself made them."""
+    kind = rotary.rope_type
+    options = {}
+    if isinstance(kind, MutableMapping):
+        kind, options = kind[_FULL], {"layer_type": _FULL}
+    if kind == "default":
+        make = rotary.compute_default_rope_parameters
+    else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        make = ROPE_INIT_FUNCTIONS[kind]
+    frequencies, _ = make(rotary.config, **options)
+    return frequencies

@@ -1,0 +1,98 @@
+"""A forward pass on a fixed input that leaves no trace: how a knob's effect is seen."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metactl.adapters.base import AttachError
+
+_SEED = 20
+_N_TOKENS = 16
+
+
+@contextmanager
+def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> Iterator[None]:
+    """Within, nothing that is done shows afterwards: random states, modes and buffers return.
+
+    Args:
+        model: Whose training flags and buffers are kept.
+        training: Mode of the model within; as it is by default.
+    """
+    modules = [] if model is None else list(model.modules())
+    flags = [module.training for module in modules]
+    buffers = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    if model is not None and training is not None:
+        model.train(training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def make_trial(model: nn.Module, example: Any = None) -> Callable[[bool], Tensor]:
+    """A function from the mode (training or not) to the model's output on a fixed input.
+
+    Args:
+        model: The model, called as `model(example)`, `model(*example)` or `model(**example)`.
+        example: An input: a tensor, tuple or mapping. By default token ids within the model's
+            first embedding.
+    """
+
+    def trial(training: bool) -> Tensor:
+        given = _tokens(model) if example is None else example
+        with sealed(model, training=training):
+            torch.manual_seed(_SEED)
+            try:
+                if isinstance(given, Mapping):
+                    output = model(**given)
+                else:
+                    output = model(*given) if isinstance(given, tuple | list) else model(given)
+            except Exception as error:
+                raise AttachError(
+                    f"the model cannot be tried ({type(error).__name__}: {error}); give attach an "
+                    f"input that it takes, as example="
+                ) from error
+            tensors = [t.detach().double().flatten() for t in _float_tensors(output)]
+        if not tensors:
+            raise AttachError(f"the model returns no tensor of floats, but {type(output).__name__}")
+        return torch.cat(tensors)
+
+    return trial
+
+
+def _tokens(model: nn.Module) -> Tensor:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            ids = torch.arange(_N_TOKENS, device=module.weight.device) % module.num_embeddings
+            return ids[None]
+    raise AttachError("what the model takes is not known; give attach an input as example=")
+
+
+def _float_tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _float_tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _float_tensors(value)

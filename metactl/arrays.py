@@ -1,0 +1,35 @@
+"""Numbers and arrays as JSON values and back, exactly; JSON has no word for infinity or NaN."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def to_json(value: Any) -> Any:
+    """An array or number as lists, numbers and, where not finite, the strings of `str`."""
+    if isinstance(value, np.ndarray):
+        return to_json(value.tolist())
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def from_json(value: Any, like: Any) -> Any:
+    """The inverse of `to_json`.
+
+    Args:
+        value: What `to_json` returned.
+        like: Something of the type, dtype and shape that the result must have.
+
+    Raises:
+        ValueError: If the value does not fit.
+    """
+    if not isinstance(like, np.ndarray):
+        return type(like)(value)
+    array = np.asarray(value)
+    if array.shape != like.shape:
+        raise ValueError(f"expected numbers of shape {like.shape}, got {array.shape}")
+    return array.astype(like.dtype)

@@ -1,0 +1,174 @@
+"""Reads training dynamics off a foreign optimizer, without waiting for the device at every step."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metactl.arrays import to_json
+from metactl.run import FloatArray, Measurement
+
+logger = logging.getLogger(__name__)
+
+_SUMS = ("losses", "loss", "loss_squared", "norms", "norm")
+_PATIENCE = 64  # losses without an optimizer step before something must be wrong
+
+
+class Meter:
+    """Sums losses and gradient norms on the device; one copy to the host per control step.
+
+    Optimizer steps are counted by hooks on the optimizer, so that gradient accumulation and steps
+    that a gradient scaler skips count as what they are.
+
+    Args:
+        optimizer: Whose steps are measured.
+
+    Attributes:
+        steps: Optimizer steps taken since the start.
+        armed: Whether the next optimizer step also measures the size of its update.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps, self.armed = 0, False
+        self._since_step, self._warned = 0, False
+        self._last_norm: Tensor | None = None  # of the step just taken
+        self._before: list[Tensor] | None = None
+        self._ratios: tuple[float, float] | None = None
+        first = self._parameters()[0]
+        # float64: what accumulates over a long control step must not depend on its order
+        dtype = torch.float32 if first.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(_SUMS), dtype=dtype, device=first.device)
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Notes one minibatch's loss.
+
+        Raises:
+            TypeError: If it is not one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise TypeError(f"loss must be one number, got a tensor of {tuple(loss.shape)}")
+            value = loss.detach().to(self._sums)
+            value = value.reshape(())
+        elif isinstance(loss, int | float | np.number):
+            value = torch.as_tensor(float(loss)).to(self._sums)
+        else:
+            raise TypeError(
+                f"loss must be one number, got {type(loss).__name__}; "
+                f"where there are several losses, give the one that is minimised"
+            )
+        self._sums[:3] += torch.stack((torch.ones_like(value), value, value * value))
+        self._since_step += 1
+        if self._since_step > _PATIENCE and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%d losses and no step of the optimizer that was attached: is it another one "
+                "that trains the model?",
+                self._since_step,
+            )
+
+    def correct_norm(self, norm: Tensor | float) -> None:
+        """Replaces the gradient norm of the last optimizer step, where the caller knows it better.
+
+        What is seen at the step is the gradient as clipped.
+        """
+        if self._last_norm is not None:
+            better = torch.as_tensor(norm).detach().to(self._sums).reshape(())
+            self._sums[4] += better - self._last_norm
+            self._last_norm = None
+
+    def read(self, known: Mapping[str, float | None]) -> Measurement:
+        """What was seen since the last reading; forgets it.
+
+        Args:
+            known: Further fields of the measurement.
+        """
+        losses, loss, squared, norms, norm = self._sums.tolist()
+        self._sums.zero_()
+        mean = loss / losses if losses else math.nan
+        spread = math.sqrt(max(squared / losses - mean * mean, 0.0)) if losses > 1 else math.nan
+        median, largest = self._ratios or (None, None)
+        self._ratios = None
+        fields = {
+            "train_loss_std": spread,
+            "gradient_norm": norm / norms if norms else None,
+            "update_ratio_median": median,
+            "update_ratio_max": largest,
+            **known,
+        }
+        rows: dict[str, Any] = {name: _row(value) for name, value in fields.items()}
+        return Measurement(
+            train_loss=np.array([mean]),
+            diverged=np.array([not math.isfinite(mean)]),
+            **rows,
+        )
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self._parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        ratios = None if self._ratios is None else list(self._ratios)
+        return {"steps": self.steps, "sums": to_json(self._sums.tolist()), "ratios": ratios}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self._sums.copy_(torch.tensor([float(v) for v in state["sums"]], dtype=torch.float64))
+        self._ratios = None if state["ratios"] is None else tuple(state["ratios"])
+
+    def _parameters(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        norm = self._last_norm = self._gradient_norm()
+        if norm is not None:
+            self._sums[3] += 1
+            self._sums[4] += norm
+        if self.armed:
+            self._before = [p.detach().clone() for p in self._parameters()]
+
+    def _gradient_norm(self) -> Tensor | None:
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        dense = [g for g in gradients if not g.is_sparse]
+        if not dense:
+            return None
+        norms = torch._foreach_norm(dense)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(self._sums) for n in norms]))
+        scale = getattr(self.optimizer, "grad_scale", None)  # a scaler that unscales in the step
+        return norm if scale is None else norm / scale.to(norm)
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self.steps += 1
+        self._since_step = 0
+        if self._before is None:
+            return
+        ratios = [
+            torch.linalg.vector_norm(now.detach() - before).to(self._sums)
+            / torch.linalg.vector_norm(before).to(self._sums)
+            for now, before in zip(self._parameters(), self._before, strict=True)
+        ]
+        self._before = None
+        stacked = torch.stack(ratios)
+        stacked = stacked[torch.isfinite(stacked)]
+        if len(stacked):
+            self._ratios = (stacked.median().item(), stacked.max().item())
+
+
+def _row(value: float | None) -> FloatArray | None:
+    return None if value is None else np.array([value], dtype=np.float64)

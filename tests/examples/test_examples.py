@@ -1,0 +1,71 @@
+"""The examples run, and stay short enough to be read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metactl import Knob, KnobSet, Policy
+from metactl.policy import FORMAT_VERSION, PolicyCard
+from metactl.signals import Codec
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A policy that raises dropout."""
+    knobs = (Knob(name="dropout", low=0.0, high=0.6, default=0.0),)
+    names = Codec(KnobSet(knobs)).names
+    card = PolicyCard(
+        format_version=FORMAT_VERSION,
+        metactl_version="test",
+        knobs=knobs,
+        observations=names,
+        hidden=(),
+        n_control_steps=40,
+    )
+    n = len(names)
+    weights = {
+        "mean": np.zeros(n),
+        "std": np.ones(n),
+        "weight_0": np.zeros((1, n)),
+        "bias_0": np.full(1, 0.2),
+    }
+    Policy(card, weights).save(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_example_is_under_60_lines():
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert len(files) >= 2
+    assert {f.name: n for f in files if (n := len(f.read_text().splitlines())) >= 60} == {}
+
+
+def test_the_plain_loop_follows_the_policy_and_shadow_equals_off(policy):
+    acted, shadow, off = (run("plain_pytorch.py", policy, m) for m in ("act", "shadow", "off"))
+    assert [line.split()[1] for line in acted[:-1]] == ["50:", "100:", "150:"]
+    dropout = [float(line.split()[3]) for line in acted[:-1]]
+    assert dropout == sorted(dropout)
+    assert dropout[0] > 0.1
+    assert shadow[-1] == off[-1] != acted[-1]
+
+
+def test_the_own_knob_moves_both_ways():
+    values = [float(line.split()[-1]) for line in run("own_knob.py")]
+    assert len(values) == 19
+    assert min(values) < 0.1 < max(values)

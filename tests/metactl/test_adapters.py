@@ -1,0 +1,205 @@
+"""Knob adapters on other people's models."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from metactl import AttachError
+from metactl.adapters import find_adapters
+from metactl.adapters.dropout import DropoutKnob
+from metactl.adapters.rope import RopeBaseKnob
+from metactl.adapters.trial import make_trial, sealed
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 1}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "mistral": transformers.MistralConfig(**GROUPED),
+    "qwen2": transformers.Qwen2Config(**GROUPED),
+    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=8),
+    "gemma": transformers.GemmaConfig(**GROUPED, head_dim=8),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.5),
+    "gpt2": transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+}
+WITH_ROPE = [name for name in FAMILIES if name != "gpt2"]
+
+
+def build(family, attention="eager"):
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.train()
+
+
+def output(model, training=False):
+    return make_trial(model)(training)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_knob_moves_the_model_and_comes_back_bit_for_bit(family, attention):
+    model = build(family, attention)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = {mode: output(model, mode) for mode in (True, False)}
+    config = model.config.to_dict()
+    names = ["rope_base", "dropout"] if family in WITH_ROPE else ["dropout"]
+    found, missing = find_adapters(names, model, optimizer)
+    assert missing == {}
+    for adapter in found:
+        start, far = adapter.read(), adapter.far()
+        adapter.write(far)
+        assert adapter.read() == pytest.approx(far)
+        assert far != start
+        assert not torch.equal(output(model, True), before[True])
+        adapter.restore()
+        assert torch.equal(output(model, True), before[True])
+        assert torch.equal(output(model), before[False])
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("family", WITH_ROPE)
+def test_a_saved_checkpoint_carries_the_values_in_force(family, tmp_path):
+    model = build(family)
+    rope = RopeBaseKnob(model, make_trial(model))
+    dropout = DropoutKnob(model, make_trial(model))
+    rope.write(123.0)
+    dropout.write(0.25)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert RopeBaseKnob(again, make_trial(again)).read() == 123.0
+    assert DropoutKnob(again, make_trial(again)).read() == 0.25
+    assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_scaled_rotary_embeddings_move_too(kind):
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM(config)
+    expected = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **GROUPED, rope_parameters={**config.rope_parameters, "rope_theta": 50.0}
+        )
+    )
+    expected.load_state_dict(model.state_dict())
+    adapter = RopeBaseKnob(model, make_trial(model))
+    adapter.verify()
+    adapter.write(50.0)
+    assert torch.equal(output(model), output(expected))
+
+
+def test_dropout_probabilities_keep_their_proportions():
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Dropout(0.2), nn.Dropout(0.1), nn.MultiheadAttention(4, 2, dropout=0.0)
+    )
+    adapter = DropoutKnob(model, make_trial(model, torch.ones(2, 4)))
+    adapter.write(0.4)
+    assert (model[1].p, model[2].p, model[3].dropout) == (0.4, 0.2, 0.0)
+    adapter.restore()
+    assert (model[1].p, model[2].p, model[3].dropout) == (0.2, 0.1, 0.0)
+
+
+def test_dropout_that_the_forward_pass_never_reaches_is_no_silent_no_op():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.out = nn.Dropout(0.1), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.out(x)
+
+    model = Unused()
+    optimizer = torch.optim.SGD(model.parameters())
+    found, missing = find_adapters(["dropout"], model, optimizer, torch.ones(1, 2))
+    assert found == []
+    assert missing == {"dropout": "moving it does not change the model's output"}
+
+
+def test_moving_under_compile_stays_below_the_recompilation_limit():
+    torch._dynamo.reset()
+    model = build("llama", "sdpa")
+    compiled = torch.compile(model, backend="aot_eager")
+    trial = make_trial(compiled)
+    dropout, rope = DropoutKnob(compiled, trial), RopeBaseKnob(compiled, trial)
+    assert dropout.knob.scale == "levels"
+    tokens = torch.arange(16)[None]
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            for level in dropout.knob.levels:
+                for base in (10.0, 1e3, 1e5):
+                    dropout.write(level)
+                    rope.write(base)
+                    compiled(tokens).logits.sum().backward()
+                    trial(False)
+    assert len(dropout.knob.levels) <= 3
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
+)
+def test_optimizer_knobs_work_on_any_optimizer_with_several_groups(optimizer):
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [
+        {"params": a.parameters(), "weight_decay": 0.1},
+        {"params": b.parameters(), "weight_decay": 0.0, "lr": 0.5},
+    ]
+    made = optimizer(groups, lr=0.1)
+    model = nn.Sequential(a, b)
+    names = ["learning_rate_multiplier", "weight_decay"]
+    (rate, decay), missing = find_adapters(names, model, made)
+    assert missing == {}
+    decay.write(0.5)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.5, 0.0]
+    rate.write(0.25)
+    model(torch.ones(1, 2)).sum().backward()
+    made.step()
+    assert [group["lr"] for group in made.param_groups] == [0.1, 0.5]
+    decay.restore()
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]
+
+
+def test_the_multiplier_is_that_of_the_learning_rate_exactly():
+    def trained(rate, factor):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        (knob,), _ = find_adapters(["learning_rate_multiplier"], model, optimizer)
+        knob.write(factor)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return model.weight
+
+    assert torch.equal(trained(0.5, 1.0), trained(0.25, 2.0))
+
+
+def test_no_weight_decay_is_nothing_to_move():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, missing = find_adapters(["weight_decay"], model, optimizer)
+    assert missing == {"weight_decay": "no group of the optimizer has a weight decay above 0"}
+    with pytest.raises(AttachError, match="Unknown knob 'weigth_decay'"):
+        find_adapters(["weigth_decay"], model, optimizer)
+
+
+def test_what_happens_sealed_leaves_no_trace():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
+    model[1].eval()
+    state, noise = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with sealed(model, training=True):
+        assert model[1].training
+        assert not model(torch.rand(4, 3)).requires_grad
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert (model[0].training, model[1].training) == (True, False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name

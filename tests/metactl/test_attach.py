@@ -1,0 +1,348 @@
+"""A controller on a plain training loop."""
+
+import copy
+import doctest
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import metactl.adapters.base
+import metactl.attach
+from metactl import AttachError, Controller, FunctionKnob, Knob
+from metactl.controllers import BaseController, RandomMoves, Static
+
+STEPS, N = 24, 6
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.drop = nn.Dropout(0.1)
+        self.norm = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 11)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = self.norm(x.flatten(0, 1)).view_as(x)
+        return self.out(self.drop(x))
+
+
+class Constant(BaseController):
+    def __init__(self, action):
+        self.action = action
+
+    def act(self, observation):
+        if isinstance(self.action, Exception):
+            raise self.action
+        return np.full((self.n_runs, len(self.codec.knobs)), self.action)
+
+
+class Loop:
+    """A user's training loop: accumulation, clipping, a schedule, a probe."""
+
+    def __init__(self, controller=None, accumulate=1, probe=True, total_steps=STEPS, **options):
+        torch.manual_seed(0)
+        self.model, self.accumulate = Net(), accumulate
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.1)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, STEPS)
+        self.data = torch.Generator().manual_seed(1)
+        self.held_out = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(2))
+        self.controller, self.losses, self.decisions, self.logged = controller, [], [], []
+        if controller is not None:
+            controller.attach(
+                self.model,
+                self.optimizer,
+                total_steps=total_steps,
+                probe=self.probe if probe else None,
+                log=lambda *entry: self.logged.append(entry),
+                **options,
+            )
+
+    def probe(self):
+        assert not self.model.training
+        torch.rand(3)  # a probe that draws: it must not show
+        return self.loss(self.held_out)
+
+    def loss(self, tokens):
+        return nn.functional.cross_entropy(self.model(tokens).flatten(0, 1), tokens.flatten())
+
+    def train(self, n_steps):
+        for _ in range(n_steps):
+            self.optimizer.zero_grad()
+            for i in range(self.accumulate):
+                loss = self.loss(torch.randint(11, (4, 6), generator=self.data))
+                (loss / self.accumulate).backward()
+                if i == self.accumulate - 1:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+                    self.optimizer.step()
+                    self.schedule.step()
+                self.losses.append(loss.item())
+                decision = self.controller.step(loss=loss) if self.controller else None
+                if decision is not None:
+                    self.decisions.append(decision)
+        return self
+
+    def weights(self):
+        return [p.detach().clone() for p in (*self.model.parameters(), *self.model.buffers())]
+
+
+def moving(**options):
+    return Controller(RandomMoves(3), n_control_steps=N, **options)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["off", "shadow"])
+def test_modes_that_do_not_act_leave_the_run_bit_identical(mode):
+    alone, noise = Loop().train(STEPS), torch.rand(3)
+    watched, noise_after = Loop(moving(), mode=mode).train(STEPS), torch.rand(3)
+    assert watched.losses == alone.losses
+    assert same(watched.weights(), alone.weights())
+    assert torch.equal(noise, noise_after)
+    assert len(watched.decisions) == (N - 1 if mode == "shadow" else 0)
+    assert not any(decision.applied for decision in watched.decisions)
+
+
+def test_acting_moves_what_it_says_and_nothing_moves_at_the_end():
+    run = Loop(moving()).train(STEPS)
+    assert [d.step for d in run.decisions] == [4, 8, 12, 16, 20]
+    last = run.decisions[-1]
+    assert run.model.drop.p == last.values["dropout"]
+    assert run.optimizer.param_groups[0]["weight_decay"] == last.values["weight_decay"]
+    assert last.previous == run.decisions[-2].values
+    assert len({d.values["dropout"] for d in run.decisions}) > 1
+    logged = {tag for tag, _, _ in run.logged}
+    assert {"train/loss", "probe/loss", "knob/dropout", "signal/generalisation_gap"} <= logged
+    assert {step for _, _, step in run.logged} == {4, 8, 12, 16, 20, 24}
+    before = run.weights()
+    run.train(4)
+    assert not same(before, run.weights())
+    assert len(run.decisions) == 5
+
+
+def test_the_learning_rate_is_multiplied_within_the_step_only():
+    controller = Controller(Constant(1.0), n_control_steps=N)
+    run = Loop(controller, knobs=["learning_rate_multiplier"])
+    plain = Loop().train(STEPS)
+    run.train(STEPS)
+    assert run.decisions[-1].values["learning_rate_multiplier"] == pytest.approx(4.0)
+    assert run.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+    assert not same(run.weights(), plain.weights())
+
+
+def test_what_is_measured_is_what_a_user_would_compute():
+    run = Loop(Controller(Static(), n_control_steps=N), tokens_per_step=24)
+    run.train(3)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.train(1)
+    column = {name: values[0, -1] for name, values in run.controller._history.columns.items()}
+    assert column["train_loss"] == pytest.approx(np.mean(run.losses), rel=1e-6)
+    assert column["train_loss_std"] == pytest.approx(np.std(run.losses), rel=1e-4)
+    ratios = [
+        ((now - old).norm() / old.norm()).item()
+        for now, old in zip(run.model.parameters(), before, strict=True)
+        if old.norm() > 0
+    ]
+    assert column["update_ratio_max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert column["gradient_norm"] == pytest.approx(0.5, rel=1e-3)  # as clipped
+    assert column["tokens_seen"] == 96
+
+
+def test_a_given_gradient_norm_counts_instead_of_the_clipped_one():
+    run = Loop(Controller(Static(), n_control_steps=N), probe=False)
+    run.train(1)
+    run.controller.step(loss=1.0, gradient_norm=torch.tensor(2.5))
+    run.controller.step(loss=1.0, gradient_norm=9.0)  # no step of the optimizer since
+    run.train(3)
+    assert run.controller._history["gradient_norm"][0, -1] == pytest.approx((2.5 + 1.5) / 4)
+
+
+def test_micro_batches_count_as_the_optimizer_steps_they_make():
+    run = Loop(moving(), accumulate=3).train(STEPS)
+    assert [d.step for d in run.decisions] == [4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("stop", [7, 8, 9, 17])
+def test_a_resumed_run_decides_and_trains_bit_identically(stop):
+    whole = Loop(moving()).train(STEPS)
+    first = Loop(moving()).train(stop)
+    noise = torch.get_rng_state()
+    saved = json.loads(json.dumps(first.controller.state_dict(), allow_nan=False))
+    model, optimizer = first.model.state_dict(), copy.deepcopy(first.optimizer.state_dict())
+    second = Loop(moving())
+    second.model.load_state_dict(model)
+    second.optimizer.load_state_dict(optimizer)
+    second.schedule.load_state_dict(first.schedule.state_dict())
+    second.data.set_state(first.data.get_state())
+    second.controller.load_state_dict(saved)
+    assert second.model.drop.p == first.model.drop.p
+    torch.set_rng_state(noise)
+    second.train(STEPS - stop)
+    assert second.losses == whole.losses[stop:]
+    assert first.decisions + second.decisions == whole.decisions
+    assert same(second.weights(), whole.weights())
+
+
+def test_an_unknown_budget_is_estimated_and_corrected():
+    run = Loop(moving(), total_steps=None, probe=False)
+    run.train(5)
+    run.controller._total = 24  # as if the first guess had been short
+    run.train(40)
+    assert run.controller._total == 96
+    progress = run.controller._history["progress"][0]
+    known = progress[np.isfinite(progress)]
+    assert np.all(np.diff(known) >= 0)
+    assert known[-1] <= 0.75
+
+
+def test_a_change_by_hand_is_where_the_controller_goes_on_from():
+    run = Loop(Controller(Static(), n_control_steps=N), knobs=["dropout"]).train(5)
+    run.model.drop.p = 0.42
+    run.train(4)
+    assert run.decisions[-1].values["dropout"] == pytest.approx(0.42)
+    assert run.model.drop.p == pytest.approx(0.42)
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_detach_restores_bit_for_bit_or_leaves_the_values(restore):
+    run = Loop(moving()).train(10)
+    moved = run.model.drop.p
+    run.controller.detach(restore=restore)
+    assert run.model.drop.p == (0.1 if restore else moved)
+    assert run.optimizer.param_groups[0].get("learning_rate_multiplier") is None
+    assert not run.optimizer._optimizer_step_pre_hooks
+    assert run.controller.step(loss=1.0) is None
+
+
+def test_a_controller_that_raises_is_off_with_one_warning_and_training_goes_on(caplog):
+    with caplog.at_level(logging.WARNING, logger="metactl"):
+        run = Loop(Controller(Constant(RuntimeError("boom")), n_control_steps=N)).train(STEPS)
+    assert len(caplog.records) == 1
+    assert [d.reason for d in run.decisions] == ["the controller failed and is off"] * 5
+    assert run.losses == Loop().train(STEPS).losses
+
+
+def test_a_strict_controller_raises():
+    with pytest.raises(RuntimeError, match="boom"):
+        controller = Controller(Constant(RuntimeError("boom")), n_control_steps=N, strict=True)
+        Loop(controller).train(STEPS)
+
+
+def test_a_log_that_fails_does_not_stop_training(caplog):
+    def full(tag, value, step):
+        raise OSError("disk full")
+
+    run = Loop(moving())
+    run.controller._log = full
+    with caplog.at_level(logging.WARNING, logger="metactl"):
+        run.train(STEPS)
+    assert len(caplog.records) == 1
+    assert run.controller.mode == "off"
+
+
+def test_a_failing_probe_is_masked_with_one_warning(caplog):
+    run = Loop(moving())
+    run.held_out = torch.full((2, 2), 99)  # no such token
+    with caplog.at_level(logging.WARNING, logger="metactl"):
+        run.train(STEPS)
+    assert len(caplog.records) == 1
+    assert len(run.decisions) == N - 1
+    assert run.model.training
+
+
+def test_a_loss_out_of_its_band_brings_back_the_good_knobs_and_says_so():
+    controller = Controller(Constant(0.5), n_control_steps=N)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    controller.attach(model, optimizer, total_steps=6, knobs=["dropout"], example=torch.ones(1, 2))
+    decisions = []
+    for loss in (1.0, 0.9, 0.9, 5.0, float("nan")):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        decisions.append(controller.step(loss=loss))
+    assert [d.vetoed for d in decisions] == [False, False, False, True, True]
+    assert "back to the last good knobs" in decisions[3].reason
+    assert decisions[3].values["dropout"] == pytest.approx(decisions[1].values["dropout"])
+
+
+def test_a_knob_of_the_users_own_moves_and_a_dead_one_is_refused():
+    state = {"noise": 0.5}
+    knob = Knob(name="noise", low=0.0, high=1.0, default=0.5)
+    own = FunctionKnob(knob, lambda: state["noise"], lambda value: state.update(noise=value))
+    Loop(Controller(Constant(1.0), n_control_steps=N), knobs=[own]).train(STEPS)
+    assert state["noise"] == 1.0
+    dead = FunctionKnob(knob, lambda: 0.5, lambda value: None)
+    with pytest.raises(AttachError, match=r"noise: 0 was written and 0\.5 read back"):
+        Loop(moving(), knobs=[dead])
+
+
+def broken(**changes):
+    run = Loop()
+    options = {"model": run.model, "optimizer": run.optimizer, "total_steps": STEPS, **changes}
+    moving().attach(options.pop("model"), options.pop("optimizer"), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "shadwo"}, "Unknown mode 'shadwo'. Known: act, shadow, off. Did you mean"),
+        ({"model": 3}, "model must be a torch module, got int"),
+        ({"optimizer": None}, "optimizer must be a torch optimizer, got NoneType"),
+        ({"model": Net()}, "the optimizer trains no parameter of the model"),
+        ({"total_steps": 1}, "total_steps must be at least 2 optimizer steps, got 1"),
+        ({"tokens_per_step": -3}, "tokens_per_step must be above 0 tokens and finite, got -3"),
+        ({"unique_tokens": float("nan")}, "unique_tokens must be above 0 tokens"),
+        ({"knobs": ["dropuot"]}, "Unknown knob 'dropuot'.*Did you mean 'dropout'"),
+        ({"knobs": []}, "cannot move anything: knobs is empty"),
+        ({"knobs": ["rope_base"]}, "rope_base: the model has no rotary embedding"),
+        ({"on_unsupported": "ignore"}, "on_unsupported must be 'mask' or 'raise', got 'ignore'"),
+        ({"log": 7}, "log must be a SummaryWriter or a function"),
+        ({"knobs": ["dropout"], "example": torch.ones(1, 4)}, "give attach an input that it takes"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused_in_words(changes, message):
+    with pytest.raises(AttachError, match=message):
+        broken(**changes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [(torch.ones(2), r"a tensor of \(2,\)"), ((1.0, 2.0), "give the one that is minimised")],
+)
+def test_a_loss_that_is_not_one_number_is_refused(loss, message):
+    run = Loop(moving())
+    with pytest.raises(TypeError, match=message):
+        run.controller.step(loss=loss)
+
+
+def test_a_state_of_another_run_is_refused():
+    state = Loop(moving()).train(9).controller.state_dict()
+    for changed, message in (
+        ({**state, "version": 2}, "state has version 2"),
+        ({**state, "knobs": {"dropout": 0.1}}, "the state has the knobs dropout"),
+        ({**state, "total": 99}, "of a run of 99 optimizer steps"),
+        ({**state, "history": {}}, "does not fit this run"),
+    ):
+        with pytest.raises(AttachError, match=message):
+            Loop(moving()).controller.load_state_dict(changed)
+
+
+def test_losses_without_optimizer_steps_warn_once(caplog):
+    run = Loop(moving())
+    for _ in range(200):
+        run.controller.step(loss=1.0)
+    assert len(caplog.records) == 1
+    assert "no step of the optimizer" in caplog.text
+
+
+@pytest.mark.parametrize("module", [metactl.attach, metactl.adapters.base])
+def test_the_examples_in_the_docstrings_run(module):
+    failed, tried = doctest.testmod(module)
+    assert (failed, tried > 0) == (0, True)
