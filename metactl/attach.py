@@ -112,6 +112,11 @@ class Controller:
         """
         return cls(Policy.load(policy), **options)
 
+    @classmethod
+    def of(cls, policy: "str | Path | Controller") -> "Controller":
+        """A controller as it is, or one by a policy."""
+        return policy if isinstance(policy, Controller) else cls.from_pretrained(policy)
+
     def attach(
         self,
         model: nn.Module,
@@ -234,7 +239,8 @@ class Controller:
             "knobs": dict(self._written),
             "total": self._total,
             "index": self._index,
-            "last_moves": to_json(self._last_moves),
+            "positions": dict(zip(self._written, to_json(self._positions[0]), strict=True)),
+            "last_moves": dict(zip(self._written, to_json(self._last_moves[0]), strict=True)),
             "history": {name: to_json(column) for name, column in self._history.columns.items()},
             "meter": self._meter.state_dict(),
             "guard": self._guard.state_dict(),
@@ -251,7 +257,7 @@ class Controller:
             raise AttachError(f"state has version {version!r}; this metactl reads {_STATE_VERSION}")
         if self._meter is None or state["mode"] == "off":
             return
-        if list(state["knobs"]) != list(self.adapters):
+        if set(state["knobs"]) != set(self.adapters):
             raise AttachError(
                 f"the state has the knobs {', '.join(state['knobs'])}; "
                 f"this run has {', '.join(self.adapters)}"
@@ -262,7 +268,11 @@ class Controller:
                 f"this one has {self._total}"
             )
         try:
-            self._last_moves = from_json(state["last_moves"], self._last_moves)
+            for name, target in (
+                ("positions", self._positions),
+                ("last_moves", self._last_moves),
+            ):
+                target[0] = [float(state[name][knob]) for knob in self.adapters]
             for name, column in self._history.columns.items():
                 self._history.columns[name] = from_json(state["history"][name], column)
             self._meter.load_state_dict(state["meter"])
@@ -270,10 +280,9 @@ class Controller:
         except (KeyError, TypeError, ValueError) as error:
             raise AttachError(f"the state does not fit this run: {error}") from error
         self._total, self._index = int(state["total"]), int(state["index"])
-        self._written = {name: float(value) for name, value in state["knobs"].items()}
+        self._written = {name: float(state["knobs"][name]) for name in self.adapters}
         for name, value in self._written.items() if self.mode == "act" else ():
             self.adapters[name].write(value)
-        self._positions = self._position_of(self._written)
         self._arm()
 
     # One control step ---------------------------------------------------------------------------

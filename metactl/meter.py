@@ -37,6 +37,7 @@ class Meter:
         self.steps, self.armed = 0, False
         self._since_step, self._warned = 0, False
         self._last_norm: Tensor | None = None  # of the step just taken
+        self._corrected = True
         self._before: list[Tensor] | None = None
         self._ratios: tuple[float, float] | None = None
         first = self._parameters()[0]
@@ -86,10 +87,12 @@ class Meter:
 
         What is seen at the step is the gradient as clipped.
         """
-        if self._last_norm is not None:
+        if not self._corrected:
             better = torch.as_tensor(norm).detach().to(self._sums).reshape(())
-            self._sums[4] += better - self._last_norm
-            self._last_norm = None
+            seen = self._last_norm
+            self._sums[3] += seen is None  # a closure makes the gradient after the hook looked
+            self._sums[4] += better if seen is None else better - seen
+            self._corrected = True
 
     def read(self, known: Mapping[str, float | None]) -> Measurement:
         """What was seen since the last reading; forgets it.
@@ -136,6 +139,7 @@ class Meter:
     @torch.no_grad()
     def _before_step(self) -> None:
         norm = self._last_norm = self._gradient_norm()
+        self._corrected = False
         if norm is not None:
             self._sums[3] += 1
             self._sums[4] += norm

@@ -9,6 +9,8 @@ from metactl.adapters.base import AttachError, KnobAdapter, same
 from metactl.knobs import Knob
 
 _KEY = "learning_rate_multiplier"
+_INITIAL = "initial_weight_decay"
+_OWN = (_KEY, _INITIAL)
 
 
 class LearningRateKnob(KnobAdapter):
@@ -83,17 +85,23 @@ class LearningRateKnob(KnobAdapter):
 class WeightDecayKnob(KnobAdapter):
     """Moves the weight decay of the groups that have one, keeping their proportions.
 
+    The first values are kept in the groups, as schedulers keep `initial_lr`: an optimizer that was
+    loaded from a checkpoint still knows them.
+
     Args:
         optimizer: The optimizer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self._first = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        self._first = [group.get(_INITIAL, group.get("weight_decay", 0.0)) for group in groups]
         self._lead = max(range(len(self._first)), key=self._first.__getitem__)
         default = float(self._first[self._lead])
         if default <= 0:
             raise AttachError("no group of the optimizer has a weight decay above 0")
+        for group, first in zip(groups, self._first, strict=True):
+            group[_INITIAL] = first
         low, high = min(1e-4, default), max(1.0, default)
         self.knob = Knob(name="weight_decay", low=low, high=high, default=default, scale="log2")
 
@@ -111,6 +119,10 @@ class WeightDecayKnob(KnobAdapter):
             if first:
                 group["weight_decay"] = first
 
+    def close(self) -> None:
+        for group in self.optimizer.param_groups:
+            group.pop(_INITIAL, None)
+
     def verify(self) -> None:
         def update(value: float) -> Tensor:
             small, parameter = _small(self.optimizer, weight_decay=value)
@@ -125,7 +137,7 @@ def _small(optimizer: torch.optim.Optimizer, **changes: Any) -> tuple[Any, Tenso
     """An optimizer of the same kind over one parameter, about to take a step."""
     parameter = torch.nn.Parameter(torch.linspace(-2.0, 2.0, 8).reshape(2, 4))
     parameter.grad = torch.linspace(1.0, 3.0, 8).reshape(2, 4)
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", _KEY)}
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", *_OWN)}
     # A warm-up begins at 0, where no update can differ; capturing needs a GPU.
     tame = {"lr": 1e-2, "capturable": False, "fused": None}
     options |= {name: value for name, value in tame.items() if name in options}

@@ -52,7 +52,7 @@ def run(name, *arguments):
 
 def test_every_example_is_under_60_lines():
     files = sorted(EXAMPLES.glob("*.py"))
-    assert len(files) >= 2
+    assert len(files) >= 4
     assert {f.name: n for f in files if (n := len(f.read_text().splitlines())) >= 60} == {}
 
 
@@ -63,6 +63,15 @@ def test_the_plain_loop_follows_the_policy_and_shadow_equals_off(policy):
     assert dropout == sorted(dropout)
     assert dropout[0] > 0.1
     assert shadow[-1] == off[-1] != acted[-1]
+
+
+@pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_module.py"])
+def test_the_trainers_follow_the_policy_and_shadow_equals_off(name, policy):
+    acted, shadow, off = (run(name, policy, mode)[-1].split() for mode in ("act", "shadow", "off"))
+    assert float(acted[-1]) > 0.3
+    assert float(off[-1]) <= 0.1
+    assert shadow == off
+    assert acted[1] != off[1]
 
 
 def test_the_own_knob_moves_both_ways():

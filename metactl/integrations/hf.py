@@ -1,0 +1,113 @@
+"""Hugging Face `Trainer`: one callback.
+
+The loss is read where the model returns it, in training mode; so the Trainer's
+`logging_nan_inf_filter`, which reports 0.0 or an old loss after a NaN, cannot hide one.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from metactl.adapters import AttachError
+from metactl.attach import Controller
+
+logger = logging.getLogger(__name__)
+
+
+class MetaControlCallback(TrainerCallback, ExportableState):
+    """Controls a Trainer's run; resumes with the Trainer's own checkpoints.
+
+    Args:
+        policy: Folder of a policy, or a controller that is not attached yet.
+        options: Of `Controller.attach`; the budget is the Trainer's.
+
+    Example:
+        `Trainer(..., callbacks=[MetaControlCallback("runs/demo/policy", mode="shadow")])`
+    """
+
+    def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
+        self.controller = Controller.of(policy)
+        self.options = options
+        self._losses: list[Tensor] = []
+        self._scaled = False
+        self._hook: Any = None
+        self._saved: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        if self._hook is not None:
+            self._saved = self.controller.state_dict()
+        return {"args": {}, "attributes": {"saved": self._saved}}
+
+    @classmethod
+    def from_state(cls, state: Any) -> "MetaControlCallback":
+        raise AttachError(
+            "MetaControlCallback resumes by itself; leave the Trainer's argument "
+            "restore_callback_states_from_checkpoint off"
+        )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        self.controller.attach(model, optimizer, total_steps=state.max_steps, **self.options)
+        if self.controller.mode == "off":
+            return
+        callbacks: Any = state.stateful_callbacks or {}
+        kept = callbacks.get(type(self).__name__, {"attributes": {"saved": None}})
+        if state.global_step and kept["attributes"]["saved"]:
+            self.controller.load_state_dict(kept["attributes"]["saved"])
+        self._hook = model.register_forward_hook(self._note, with_kwargs=True)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._hook is None:
+            return
+        if not self._losses:
+            logger.warning(
+                "The controller is off: the model returned no loss (it sees none that is "
+                "computed outside the model, as by compute_loss_func or label smoothing)"
+            )
+            self._finish(restore=True)
+            return
+        total = torch.stack(self._losses).sum()
+        loss = total if self._scaled else total / len(self._losses)
+        self._losses = []
+        self.controller.step(loss)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._hook is not None:
+            self._saved = self.controller.state_dict()
+            self._finish(restore=False)
+
+    def _finish(self, restore: bool) -> None:
+        self._hook.remove()
+        self._hook = None
+        self.controller.detach(restore=restore)
+
+    def _note(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Keeps a minibatch's loss; it is a share of the step's where the items were counted."""
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor) and model.training and torch.is_grad_enabled():
+            self._scaled = kwargs.get("num_items_in_batch") is not None
+            self._losses.append(loss.detach().mean())

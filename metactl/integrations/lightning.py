@@ -1,0 +1,87 @@
+"""Lightning `Trainer`: one callback."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from metactl.adapters import AttachError
+from metactl.attach import Controller
+
+
+class MetaControlCallback(lightning.Callback):
+    """Controls a Lightning run; resumes with Lightning's own checkpoints.
+
+    Args:
+        policy: Folder of a policy, or a controller that is not attached yet.
+        options: Of `Controller.attach`; the budget is the Trainer's.
+
+    Example:
+        `lightning.Trainer(..., callbacks=[MetaControlCallback("runs/demo/policy")])`
+    """
+
+    def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
+        self.controller = Controller.of(policy)
+        self.options = options
+        self._norm: Tensor | None = None
+        self._pending: dict[str, Any] | None = None
+        self._active = False
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._active:
+            self._pending = self.controller.state_dict()
+        return {"controller": self._pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict["controller"]
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if len(trainer.optimizers) != 1:
+            raise AttachError(
+                f"a run of one optimizer can be controlled, this has {len(trainer.optimizers)}"
+            )
+        steps = trainer.estimated_stepping_batches
+        known = math.isfinite(steps) and steps > 0
+        total = int(steps) if known else None
+        optimizer = trainer.optimizers[0]
+        self.controller.attach(pl_module, optimizer, total_steps=total, **self.options)
+        self._active = self.controller.mode != "off"
+        if self._active and self._pending is not None:
+            self.controller.load_state_dict(self._pending)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        if self._active:  # before clipping
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not self._active or outputs is None:  # a batch that the module skipped
+            return
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        norm, self._norm = self._norm, None
+        self.controller.step(loss * trainer.accumulate_grad_batches, gradient_norm=norm)
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if self._active:
+            self._pending, self._active = self.controller.state_dict(), False
+            self.controller.detach(restore=False)

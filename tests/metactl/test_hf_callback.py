@@ -1,0 +1,168 @@
+"""The callback in real Hugging Face Trainers on small random models."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from metactl import AttachError, Controller
+from metactl.controllers import RandomMoves
+from metactl.integrations.hf import MetaControlCallback
+
+STEPS, N = 12, 6
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SMALL, intermediate_size=32),
+    "mistral": transformers.MistralConfig(**SMALL, intermediate_size=32, num_key_value_heads=1),
+    "gpt2": transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=32, rotary_pct=1.0),
+}
+
+
+class Remember(transformers.TrainerCallback):
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append((state.global_step, logs["loss"]))
+
+
+def data(n=64):
+    rng = np.random.default_rng(0)
+    rows = [torch.from_numpy(rng.integers(32, size=12)) for _ in range(n)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train(folder, family="llama", callback=None, resume=None, model=None, **changes):
+    transformers.set_seed(0)
+    if model is None:
+        config = type(FAMILIES[family])(**FAMILIES[family].to_dict())
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    options = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        "dataloader_pin_memory": False,
+    }
+    remember = Remember()
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(str(folder), **{**options, **changes}),
+        train_dataset=data(),
+        eval_dataset=data(8),
+        callbacks=[remember, *([callback] if callback else [])],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, remember.losses
+
+
+def moving(**options):
+    logged = []
+    controller = Controller(RandomMoves(1), n_control_steps=N, strict=True)
+    callback = MetaControlCallback(controller, log=lambda *entry: logged.append(entry), **options)
+    return callback, logged
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def series(logged, tag):
+    return [(step, value) for name, value, step in logged if name == tag]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_knobs_move_and_shadow_leaves_the_run_bit_identical(family, tmp_path):
+    alone, losses = train(tmp_path, family)
+    acting, logged = moving()
+    acted, _ = train(tmp_path, family, acting)
+    assert [step for step, _ in series(logged, "probe/loss")] == []
+    dropouts = {value for _, value in series(logged, "knob/dropout")}
+    assert len(dropouts) > 2
+    assert len({value for _, value in series(logged, "knob/rope_base")}) > 2 or family == "gpt2"
+    assert not same(weights(acted), weights(alone))
+    for mode in ("shadow", "off"):
+        watching, _ = moving(mode=mode)
+        watched, seen = train(tmp_path, family, watching)
+        assert seen == losses
+        assert same(weights(watched), weights(alone))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_is_that_of_the_optimizer_steps(accumulate, tmp_path):
+    callback, logged = moving(mode="shadow")
+    _, losses = train(tmp_path, callback=callback, gradient_accumulation_steps=accumulate)
+    expected = np.array([loss for _, loss in losses]).reshape(N, 2).mean(axis=1)
+    seen = series(logged, "train/loss")
+    assert [step for step, _ in seen] == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_allclose([value for _, value in seen], expected, rtol=1e-4)
+
+
+def test_a_run_resumed_from_the_trainers_checkpoint_is_bit_identical(tmp_path):
+    callback, logged = moving()
+    whole, _ = train(tmp_path / "whole", callback=callback)
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    first, _ = moving()
+    train(tmp_path / "cut", callback=first, **saving)
+    second, again = moving()
+    cut, _ = train(
+        tmp_path / "cut", callback=second, resume=str(tmp_path / "cut" / "checkpoint-5"), **saving
+    )
+    assert same(weights(cut), weights(whole))
+    for tag in ("knob/dropout", "knob/weight_decay", "signal/train_level"):
+        tail = [entry for entry in series(logged, tag) if entry[0] > 5]
+        assert series(again, tag) == tail
+        assert tail
+
+
+def test_a_nan_that_the_trainer_filters_out_of_its_log_is_seen(tmp_path):
+    class Breaks(transformers.LlamaForCausalLM):
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if self.training and output.loss is not None:
+                self.calls += 1
+                if self.calls == 7:
+                    output.loss = output.loss * float("nan")
+            return output
+
+    transformers.set_seed(0)
+    model = Breaks(transformers.LlamaConfig(**SMALL, intermediate_size=32))
+    callback, logged = moving(mode="shadow")
+    options = {"learning_rate": 0.0, "max_grad_norm": 0.0, "remove_unused_columns": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, losses = train(tmp_path, model=model, callback=callback, **options)
+    assert all(np.isfinite(loss) for _, loss in losses)  # what the Trainer tells
+    seen = dict(series(logged, "train/loss"))
+    assert np.isnan(seen[8])
+
+
+def test_a_loss_computed_outside_the_model_switches_off_with_one_warning(tmp_path, caplog):
+    callback, _ = moving()
+    trained, _ = train(tmp_path, callback=callback, label_smoothing_factor=0.1)
+    assert "the model returned no loss" in caplog.text
+    assert callback.controller.mode == "off"
+    assert trained.model.config.attention_dropout == 0.0
+
+
+def test_restoring_by_the_trainers_own_switch_is_refused_in_words():
+    with pytest.raises(AttachError, match="leave the Trainer's argument"):
+        MetaControlCallback.from_state({})

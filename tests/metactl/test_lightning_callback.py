@@ -1,0 +1,160 @@
+"""The callback in real Lightning runs of a plain module."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import lightning
+
+from metactl import AttachError, Controller
+from metactl.controllers import RandomMoves
+from metactl.integrations.lightning import MetaControlCallback
+
+STEPS, N = 12, 6
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, n_optimizers=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 1))
+        self.n_optimizers, self.losses, self.norms = n_optimizers, [], []
+        self.automatic_optimization = n_optimizers == 1
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        x = batch[0]
+        loss = (self(x) - x.sum(1, keepdim=True)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        gradients = torch.cat([p.grad.flatten() for p in self.parameters()])
+        self.norms.append(gradients.norm().item())
+
+    def configure_optimizers(self):
+        made = [
+            torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+            for _ in range(self.n_optimizers)
+        ]
+        return made[0] if self.n_optimizers == 1 else made
+
+
+def loader(repeat=False):
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+    if repeat:
+        x = x[:4].repeat(24, 1)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
+
+
+def train(folder, callback=None, max_steps=STEPS, resume=None, module=None, **changes):
+    torch.manual_seed(0)
+    module = module or Module()
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[callback] if callback else [],
+        **changes,
+    )
+    trainer.fit(module, loader(), ckpt_path=resume)
+    return trainer, module
+
+
+def moving(**options):
+    logged = []
+    controller = Controller(RandomMoves(1), n_control_steps=N, strict=True)
+    options = {"example": torch.ones(2, 4), **options}
+    callback = MetaControlCallback(controller, log=lambda *entry: logged.append(entry), **options)
+    return callback, logged
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def series(logged, tag):
+    return [(step, value) for name, value, step in logged if name == tag]
+
+
+@pytest.mark.parametrize("mode", ["off", "shadow"])
+def test_modes_that_do_not_act_leave_the_run_bit_identical(mode, tmp_path):
+    _, alone = train(tmp_path)
+    callback, _ = moving(mode=mode)
+    _, watched = train(tmp_path, callback)
+    assert watched.losses == alone.losses
+    assert same(watched, alone)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_and_unclipped_norms_are_those_of_the_optimizer_steps(accumulate, tmp_path):
+    callback, logged = moving()
+    _, module = train(
+        tmp_path, callback, accumulate_grad_batches=accumulate, gradient_clip_val=0.01
+    )
+    assert len({value for _, value in series(logged, "knob/dropout")}) > 2
+    seen = series(logged, "train/loss")
+    assert [step for step, _ in seen] == [2, 4, 6, 8, 10, 12]
+    losses = np.array(module.losses).reshape(N, -1).mean(axis=1)
+    np.testing.assert_allclose([value for _, value in seen], losses, rtol=1e-5)
+    norms = np.array(module.norms).reshape(N, 2).mean(axis=1)
+    norms_seen = [value for _, value in series(logged, "train/gradient_norm")]
+    np.testing.assert_allclose(norms_seen, norms, rtol=1e-5)
+
+
+def test_a_run_resumed_from_lightnings_checkpoint_decides_alike(tmp_path):
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "five.ckpt")
+                self.noise = torch.get_rng_state()
+
+    class Restore(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                torch.set_rng_state(save.noise)  # Lightning leaves it to the user
+
+    save, (first, logged), (second, again) = Save(), moving(), moving()
+    whole = Module()
+    train_with(tmp_path, [first, save], whole)
+    cut = Module()
+    train_with(tmp_path, [second, Restore()], cut, resume=tmp_path / "five.ckpt")
+    assert same(cut, whole)
+    for tag in ("knob/dropout", "knob/weight_decay", "signal/train_level"):
+        tail = [entry for entry in series(logged, tag) if entry[0] > 5]
+        assert series(again, tag) == tail
+        assert tail
+
+
+def train_with(folder, callbacks, module, resume=None):
+    torch.manual_seed(0)
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+    )
+    # A plain DataLoader begins again on resume: equal batches leave that out of the comparison.
+    trainer.fit(module, loader(repeat=True), ckpt_path=resume)
+
+
+def test_several_optimizers_are_refused_in_words(tmp_path):
+    callback, _ = moving()
+    with pytest.raises(AttachError, match="a run of one optimizer can be controlled, this has 2"):
+        train(tmp_path, callback, module=Module(n_optimizers=2))
