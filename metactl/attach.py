@@ -19,6 +19,7 @@ from metactl.controllers import BaseController, Guard, Learned
 from metactl.knobs import KnobSet, unknown_name
 from metactl.meter import Meter
 from metactl.policy import Policy
+from metactl.ranks import Ranks
 from metactl.run import Measurement
 from metactl.signals import Codec, History
 
@@ -28,6 +29,12 @@ MODES = ("act", "shadow", "off")
 _FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
 _FULL = 0.75  # of an estimated budget: from there it doubles
 _STATE_VERSION = 1
+_TAGS = {
+    "train_loss": "train/loss",
+    "gradient_norm": "train/gradient_norm",
+    "update_ratio_median": "train/update_ratio",
+    "probe_loss": "probe/loss",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +188,7 @@ class Controller:
         self._last_moves = np.zeros_like(self._positions)
         self._index = 0
         self._meter = Meter(optimizer)
+        self._ranks = Ranks(self._meter.device)
         start = {"progress": np.zeros(1)}
         loss = self._probe_loss()
         if loss is not None:
@@ -292,25 +300,27 @@ class Controller:
         assert meter is not None  # for the type checker: step() asked
         self._estimate(meter.steps)
         self._index = max(self._index + 1, self._n * meter.steps // self._total)
-        measurement = meter.read(self._measure(meter))
+        measurement = self._ranks.mean(meter.read(self._measure(meter)))
+        self._together(self._note_changes_by_hand)
         progress = np.array([min(meter.steps / self._total, 1.0)])
         self._history.append(progress, measurement)
-        self._note_changes_by_hand()
         observation = self._codec.observe(
             self._history, self._positions, self._last_moves, np.ones_like(self._positions)
         )
-        self._log_seen(measurement, observation, meter.steps)
+        seen = self._seen(measurement, observation)
         if self._known_total and self._index >= self._n:
+            self._write_log(seen, meter.steps)
             return None  # the end: nothing left to decide for
         action = self._guard.act(observation, measurement.diverged)
         moved = self._knobs.move(self._positions, action, progress=1 / self._n)
+        moved = self._ranks.gather(moved[0].tolist())[:1]  # the first process decides
         values = {name: float(v[0]) for name, v in self._knobs.values(moved).items()}
         previous = dict(self._written)
         if self.mode == "act":
-            self._apply(values, moved)
+            self._together(lambda: self._apply(values, moved))
         suffix = "" if self.mode == "act" else "_proposed"
-        for name, value in values.items():
-            self._log(f"knob/{name}{suffix}", value, meter.steps)
+        seen |= {f"knob/{name}{suffix}": value for name, value in values.items()}
+        self._write_log(seen, meter.steps)
         reason = self._guard.reasons[0]
         if reason:
             logger.info("Step %d: %s", meter.steps, reason)
@@ -322,6 +332,15 @@ class Controller:
             vetoed=bool(reason),
             reason=reason,
         )
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Does something that may fail in one process, and fails in all of them then."""
+        error: Exception | None = None
+        try:
+            act()
+        except Exception as caught:
+            error = caught
+        self._ranks.require(error)
 
     def _apply(self, values: dict[str, float], moved: np.ndarray) -> None:
         for name, value in values.items():
@@ -373,21 +392,30 @@ class Controller:
             self._probe = None
             return None
 
-    def _log_seen(self, measurement: Measurement, observation: np.ndarray, step: int) -> None:
-        for field, tag in (
-            ("train_loss", "train/loss"),
-            ("gradient_norm", "train/gradient_norm"),
-            ("update_ratio_median", "train/update_ratio"),
-            ("probe_loss", "probe/loss"),
-        ):
-            value = measurement.arrays()[field]
-            if value is not None:
-                self._log(tag, float(value[0]), step)
+    def _seen(self, measurement: Measurement, observation: np.ndarray) -> dict[str, float]:
+        """What is logged, by tag."""
+        arrays = measurement.arrays()
+        seen = {
+            tag: float(value[0])
+            for field, tag in _TAGS.items()
+            if (value := arrays[field]) is not None
+        }
         for name, value in zip(self._codec.names, observation[0], strict=True):
             if name.startswith("signal/"):
-                self._log(name, float(value), step)
-        for name, in_force in self._written.items():
-            self._log(f"knob/{name}", in_force, step)
+                seen[name] = float(value)
+        return seen | {f"knob/{name}": value for name, value in self._written.items()}
+
+    def _write_log(self, seen: Mapping[str, float], step: int) -> None:
+        if self._ranks.rank != 0:
+            return
+        try:
+            for tag, value in seen.items():
+                self._log(tag, value, step)
+        except Exception:
+            if self.strict:
+                raise
+            logger.warning("Logging failed; the controller goes on without", exc_info=True)
+            self._log = log_function(None)
 
     # House-keeping ------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Meter:
         self._before: list[Tensor] | None = None
         self._ratios: tuple[float, float] | None = None
         first = self._parameters()[0]
+        self.device = first.device
         # float64: what accumulates over a long control step must not depend on its order
         dtype = torch.float32 if first.device.type == "mps" else torch.float64
         self._sums = torch.zeros(len(_SUMS), dtype=dtype, device=first.device)
