@@ -163,13 +163,13 @@ class Controller:
             raise AttachError(unknown_name("mode", mode, MODES))
         if self._meter is not None:
             raise AttachError("this controller is attached already; detach it first")
-        self.mode = mode
         if mode == "off":
             return
         tokens = (tokens_per_step, unique_tokens)
+        self._log = log_function(log)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
         self.adapters = self._find(knobs, model, optimizer, on_unsupported, example)
-        self._model, self._probe, self._log = model, probe, log_function(log)
+        self._model, self._probe, self.mode = model, probe, mode
         self._known_total = total_steps is not None
         self._total = _FIRST_BUDGET if total_steps is None else total_steps
         self._n = min(self.n_control_steps, self._total)

@@ -312,6 +312,19 @@ def test_what_cannot_be_attached_is_refused_in_words(changes, message):
         broken(**changes)
 
 
+def test_a_refused_attachment_leaves_nothing_behind():
+    run, controller = Loop(), moving()
+    groups = [dict(group) for group in run.optimizer.param_groups]
+    with pytest.raises(AttachError):
+        controller.attach(run.model, run.optimizer, knobs=["learning_rate_multiplier", "rope_base"])
+    with pytest.raises(AttachError):
+        controller.attach(run.model, run.optimizer, log=7)
+    assert not run.optimizer._optimizer_step_pre_hooks
+    assert [dict(group) for group in run.optimizer.param_groups] == groups
+    controller.attach(run.model, run.optimizer)  # and it can be attached after all
+    assert controller.mode == "act"
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [(torch.ones(2), r"a tensor of \(2,\)"), ((1.0, 2.0), "give the one that is minimised")],

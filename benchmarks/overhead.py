@@ -1,0 +1,110 @@
+"""What a controller costs a training run: the same run alone, controlled, and with a probe.
+
+    python -m benchmarks.overhead --json FILE
+
+Three runs of one transformer from the same weights take turns, one control step each, in changing
+order; the ratio of each round, and their medians. Knobs move and TensorBoard is written to.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+from benchmarks.plain import VOCABULARY, Transformer
+from benchmarks.population import commit, machine
+from metactl import Controller
+from metactl.controllers import RandomMoves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how often."""
+
+    json: Path
+    """Where the figures go."""
+    rounds: int = 8
+    """Control steps of each run."""
+    steps_per_decision: int = 25
+    """Optimizer steps of a control step: 1000 for a run of 40 decisions."""
+    batch_size: int = 4
+    d_model: int = 256
+    n_layers: int = 6
+    context: int = 256
+
+
+def training_run(options: Options, side: str, folder: str) -> Callable[[], None]:
+    """A run that takes one optimizer step when called."""
+    torch.manual_seed(0)
+    model = Transformer(options.d_model, 4, options.n_layers, options.context)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    batches = torch.randint(VOCABULARY, (16, options.batch_size, options.context + 1))
+    taken = 0
+
+    def loss_on(tokens: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    controller = Controller(RandomMoves(0), n_control_steps=options.rounds + 2, strict=True)
+    controller.attach(
+        model,
+        optimizer,
+        total_steps=(options.rounds + 2) * options.steps_per_decision,
+        probe=(lambda: loss_on(batches[-1])) if side == "probe" else None,
+        mode="off" if side == "plain" else "act",
+        knobs=["dropout", "learning_rate_multiplier", "weight_decay"],
+        example=batches[0, :1, :-1],
+        log=SummaryWriter(f"{folder}/{side}"),
+    )
+
+    def step() -> None:
+        nonlocal taken
+        optimizer.zero_grad()
+        loss = loss_on(batches[taken % 15])
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        taken += 1
+
+    return step
+
+
+def main(options: Options) -> None:
+    sides = ["plain", "control", "probe"]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {side: training_run(options, side, folder) for side in sides}
+        for round_index in range(options.rounds + 1):
+            shift = round_index % len(sides)
+            for side in sides[shift:] + sides[:shift]:
+                begin = time.perf_counter()
+                for _ in range(options.steps_per_decision):
+                    runs[side]()
+                if round_index:  # the first warms up
+                    seconds[side].append(time.perf_counter() - begin)
+    ratios = {
+        side: [a / b for a, b in zip(seconds[side], seconds["plain"], strict=True)]
+        for side in sides[1:]
+    }
+    report = {
+        "median_ratio": {side: statistics.median(ratio) for side, ratio in ratios.items()},
+        "ratios": ratios,
+        "seconds": seconds,
+        "options": {**asdict(options), "json": str(options.json)},
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        "commit": commit(),
+    }
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report["median_ratio"]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
