@@ -52,7 +52,7 @@ def run(name, *arguments):
 
 def test_every_example_is_under_60_lines():
     files = sorted(EXAMPLES.glob("*.py"))
-    assert len(files) >= 4
+    assert len(files) >= 6
     assert {f.name: n for f in files if (n := len(f.read_text().splitlines())) >= 60} == {}
 
 
@@ -78,3 +78,9 @@ def test_the_own_knob_moves_both_ways():
     values = [float(line.split()[-1]) for line in run("own_knob.py")]
     assert len(values) == 19
     assert min(values) < 0.1 < max(values)
+
+
+def test_a_policy_learned_on_a_plant_of_ones_own_is_ahead_of_its_default(tmp_path):
+    figures = dict(line.split() for line in run("own_training_run.py", str(tmp_path / "run")))
+    assert float(figures["policy"]) < 0.7 * float(figures["default"])
+    assert Policy.load(tmp_path / "run" / "policy").card.knobs[0].name == "learning_rate"
