@@ -51,9 +51,13 @@ for _ in range(20):
     decision = controller.step(loss)
     if decision is not None:
         values.append(decision.values)
-weights = [p.tolist() for p in model.parameters()]
-print(json.dumps({"losses": losses, "values": values, "weights": weights, "mode": controller.mode,
-                  "dropout": model.module[1].p, "logged": logged}))
+weights, mode = [p.tolist() for p in model.parameters()], controller.mode
+controller.detach(restore=False)
+print(json.dumps({"losses": losses, "values": values, "weights": weights, "mode": mode,
+                  "dropout": model.module[1].p, "logged": logged}), flush=True)
+dist.barrier()
+del model
+dist.destroy_process_group()  # else gloo's threads may outlive the interpreter and abort it
 """
 
 
