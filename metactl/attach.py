@@ -96,7 +96,8 @@ class Controller:
         strict: bool = False,
     ) -> None:
         if isinstance(controller, Policy):
-            n_control_steps = n_control_steps or controller.card.n_control_steps
+            if n_control_steps is None:
+                n_control_steps = controller.card.n_control_steps
             controller = Learned(controller)
         self.n_control_steps = 40 if n_control_steps is None else n_control_steps
         if self.n_control_steps < 2:
@@ -258,24 +259,29 @@ class Controller:
         """Goes on from a state; `attach` to the same kind of run comes first.
 
         Raises:
-            AttachError: If the state is of another version or has other knobs.
+            AttachError: If the state is of another version, damaged, or of another run.
         """
-        version = state.get("version")
+        version = state.get("version") if isinstance(state, Mapping) else None
         if version != _STATE_VERSION:
             raise AttachError(f"state has version {version!r}; this metactl reads {_STATE_VERSION}")
-        if self._meter is None or state["mode"] == "off":
+        if self._meter is None or state.get("mode") == "off":
             return
-        if set(state["knobs"]) != set(self.adapters):
+        known = state.get("knobs", {})
+        if set(known) != set(self.adapters):
             raise AttachError(
-                f"the state has the knobs {', '.join(state['knobs'])}; "
+                f"the state has the knobs {', '.join(known)}; "
                 f"this run has {', '.join(self.adapters)}"
             )
-        if self._known_total and state["total"] != self._total:
+        if self._known_total and state.get("total") != self._total:
             raise AttachError(
-                f"the state is of a run of {state['total']} optimizer steps, "
+                f"the state is of a run of {state.get('total')} optimizer steps, "
                 f"this one has {self._total}"
             )
         try:
+            written = {name: float(known[name]) for name in self.adapters}
+            if not all(math.isfinite(value) for value in written.values()):
+                raise ValueError(f"knobs must be finite, got {written}")
+            total, index = int(state["total"]), int(state["index"])
             for name, target in (
                 ("positions", self._positions),
                 ("last_moves", self._last_moves),
@@ -285,10 +291,9 @@ class Controller:
                 self._history.columns[name] = from_json(state["history"][name], column)
             self._meter.load_state_dict(state["meter"])
             self._guard.load_state_dict(state["guard"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise AttachError(f"the state does not fit this run: {error}") from error
-        self._total, self._index = int(state["total"]), int(state["index"])
-        self._written = {name: float(state["knobs"][name]) for name in self.adapters}
+        self._total, self._index, self._written = total, index, written
         for name, value in self._written.items() if self.mode == "act" else ():
             self.adapters[name].write(value)
         self._arm()

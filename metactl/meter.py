@@ -39,7 +39,7 @@ class Meter:
         self._last_norm: Tensor | None = None  # of the step just taken
         self._corrected = True
         self._before: list[Tensor] | None = None
-        self._ratios: tuple[float, float] | None = None
+        self._ratios: Tensor | None = None  # median and maximum
         first = self._parameters()[0]
         self.device = first.device
         # float64: what accumulates over a long control step must not depend on its order
@@ -101,11 +101,12 @@ class Meter:
         Args:
             known: Further fields of the measurement.
         """
-        losses, loss, squared, norms, norm = self._sums.tolist()
+        seen = self._sums if self._ratios is None else torch.cat((self._sums, self._ratios))
+        losses, loss, squared, norms, norm, *ratios = seen.tolist()
         self._sums.zero_()
         mean = loss / losses if losses else math.nan
         spread = math.sqrt(max(squared / losses - mean * mean, 0.0)) if losses > 1 else math.nan
-        median, largest = self._ratios or (None, None)
+        median, largest = ratios or (None, None)
         self._ratios = None
         fields = {
             "train_loss_std": spread,
@@ -125,13 +126,18 @@ class Meter:
         return sum(p.numel() for p in self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        ratios = None if self._ratios is None else list(self._ratios)
+        ratios = None if self._ratios is None else to_json(self._ratios.tolist())
         return {"steps": self.steps, "sums": to_json(self._sums.tolist()), "ratios": ratios}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = int(state["steps"])
-        self._sums.copy_(torch.tensor([float(v) for v in state["sums"]], dtype=torch.float64))
-        self._ratios = None if state["ratios"] is None else tuple(state["ratios"])
+        if len(state["sums"]) != len(_SUMS):
+            raise ValueError(f"a meter has {len(_SUMS)} sums, got {len(state['sums'])}")
+        self._sums.copy_(self._numbers(state["sums"]))
+        self._ratios = None if state["ratios"] is None else self._numbers(state["ratios"])
+
+    def _numbers(self, values: list[Any]) -> Tensor:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64).to(self._sums)
 
     def _parameters(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
@@ -170,9 +176,9 @@ class Meter:
         ]
         self._before = None
         stacked = torch.stack(ratios)
-        stacked = stacked[torch.isfinite(stacked)]
-        if len(stacked):
-            self._ratios = (stacked.median().item(), stacked.max().item())
+        # A tensor that was 0 has no ratio; indexing by a mask would wait for the device.
+        known = torch.where(torch.isfinite(stacked), stacked, torch.nan)
+        self._ratios = torch.stack((known.nanmedian(), known.nan_to_num(0.0).max()))
 
 
 def _row(value: float | None) -> FloatArray | None:

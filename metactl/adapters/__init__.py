@@ -44,17 +44,23 @@ def find_adapters(
     }
     found: list[KnobAdapter] = []
     missing: dict[str, str] = {}
+    if isinstance(wanted, str):
+        raise AttachError(f"knobs must be a list of names and adapters, got {wanted!r}")
     for entry in wanted:
         if isinstance(entry, str) and entry not in makers:
             raise AttachError(unknown_name("knob", entry, KNOWN))
+        if not isinstance(entry, str | KnobAdapter):
+            raise AttachError(f"a knob must be a name or an adapter, got {type(entry).__name__}")
     for entry in wanted:
         adapter: KnobAdapter | None = None
         try:
             adapter = makers[entry]() if isinstance(entry, str) else entry
             adapter.verify()
             found.append(adapter)
-        except AttachError as error:
+        except Exception as error:  # an adapter of the user's own may raise anything
             if adapter is not None:
                 adapter.close()
-            missing[entry if isinstance(entry, str) else entry.knob.name] = str(error)
+            expected = isinstance(error, AttachError)
+            why = str(error) if expected else f"{type(error).__name__}: {error}"
+            missing[entry if isinstance(entry, str) else entry.knob.name] = why
     return found, missing

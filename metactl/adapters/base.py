@@ -127,7 +127,7 @@ class FunctionKnob(KnobAdapter):
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit-for-bit equality; NaN equals NaN."""
-    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -30,13 +30,19 @@ def check_attachment(
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in trained and p.requires_grad for p in model.parameters()):
         raise AttachError("the optimizer trains no parameter of the model")
-    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 2):
-        raise AttachError(f"total_steps must be at least 2 optimizer steps, got {total_steps}")
+    if total_steps is not None and not (_is_number(total_steps, int) and total_steps >= 2):
+        raise AttachError(
+            f"total_steps must be a whole number of at least 2 optimizer steps, got {total_steps!r}"
+        )
     for name, value in zip(("tokens_per_step", "unique_tokens"), tokens, strict=True):
-        if value is not None and not 0 < value < math.inf:
-            raise AttachError(f"{name} must be above 0 tokens and finite, got {value}")
+        if value is not None and not (_is_number(value, int | float) and 0 < value < math.inf):
+            raise AttachError(f"{name} must be above 0 tokens and finite, got {value!r}")
     if on_unsupported not in (None, "mask", "raise"):
         raise AttachError(f"on_unsupported must be 'mask' or 'raise', got {on_unsupported!r}")
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def log_function(log: Any) -> Log:

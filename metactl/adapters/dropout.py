@@ -64,9 +64,12 @@ class DropoutKnob(ModelKnob):
 def _knob(default: float, compiled: bool) -> Knob:
     if not compiled:
         return Knob(name="dropout", low=0.0, high=max(0.6, default), default=default)
-    levels = (0.0, 0.15, 0.3) if default == 0 else (0.0, default, min(2 * default, 1.0))
-    if default == 1.0:
-        levels = (0.0, 0.5, 1.0)
+    if default == 0:
+        levels = (0.0, 0.15, 0.3)
+    elif default < 0.6:
+        levels = (0.0, default, min(2 * default, 0.6))
+    else:
+        levels = (0.0, default / 2, default)
     return Knob(
         name="dropout", low=0.0, high=levels[-1], default=default, scale="levels", levels=levels
     )

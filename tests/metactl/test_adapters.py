@@ -109,6 +109,16 @@ def test_dropout_probabilities_keep_their_proportions():
     assert (model[1].p, model[2].p, model[3].dropout) == (0.2, 0.1, 0.0)
 
 
+@pytest.mark.parametrize("default", [0.0, 0.1, 0.5, 0.6, 0.9, 1.0])
+def test_compiled_levels_never_drop_more_than_anybody_asked_for(default):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(default))
+    compiled = torch.compile(model, backend="aot_eager")
+    levels = DropoutKnob(compiled, make_trial(model, torch.ones(2, 4))).knob.levels
+    assert default in levels
+    assert len(levels) == 3
+    assert max(levels) <= max(0.6, default)
+
+
 def test_dropout_that_the_forward_pass_never_reaches_is_no_silent_no_op():
     class Unused(nn.Module):
         def __init__(self):

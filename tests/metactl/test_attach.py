@@ -296,10 +296,15 @@ def broken(**changes):
         ({"model": 3}, "model must be a torch module, got int"),
         ({"optimizer": None}, "optimizer must be a torch optimizer, got NoneType"),
         ({"model": Net()}, "the optimizer trains no parameter of the model"),
-        ({"total_steps": 1}, "total_steps must be at least 2 optimizer steps, got 1"),
+        ({"total_steps": 1}, "total_steps must be a whole number of at least 2 .*, got 1"),
         ({"tokens_per_step": -3}, "tokens_per_step must be above 0 tokens and finite, got -3"),
         ({"unique_tokens": float("nan")}, "unique_tokens must be above 0 tokens"),
         ({"knobs": ["dropuot"]}, "Unknown knob 'dropuot'.*Did you mean 'dropout'"),
+        ({"total_steps": 24.5}, r"whole number of at least 2 optimizer steps, got 24\.5"),
+        ({"total_steps": "24"}, "got '24'"),
+        ({"tokens_per_step": "many"}, "tokens_per_step must be above 0 tokens and finite"),
+        ({"knobs": "dropout"}, "knobs must be a list of names and adapters, got 'dropout'"),
+        ({"knobs": [3]}, "a knob must be a name or an adapter, got int"),
         ({"knobs": []}, "cannot move anything: knobs is empty"),
         ({"knobs": ["rope_base"]}, "rope_base: the model has no rotary embedding"),
         ({"on_unsupported": "ignore"}, "on_unsupported must be 'mask' or 'raise', got 'ignore'"),
@@ -342,9 +347,40 @@ def test_a_state_of_another_run_is_refused():
         ({**state, "knobs": {"dropout": 0.1}}, "the state has the knobs dropout"),
         ({**state, "total": 99}, "of a run of 99 optimizer steps"),
         ({**state, "history": {}}, "does not fit this run"),
+        ({**state, "knobs": {**state["knobs"], "dropout": "nan"}}, "knobs must be finite"),
+        ({**state, "meter": {**state["meter"], "sums": [1.0]}}, "does not fit this run"),
+        ({"version": 1}, "the state has the knobs ; this run has"),
+        ([1, 2], "state has version None"),
     ):
         with pytest.raises(AttachError, match=message):
             Loop(moving()).controller.load_state_dict(changed)
+
+
+def test_a_knob_of_the_users_own_that_raises_is_refused_in_words():
+    def write(value):
+        raise OSError("read-only")
+
+    knob = Knob(name="noise", low=0.0, high=1.0, default=0.5)
+    with pytest.raises(AttachError, match="noise: OSError: read-only"):
+        Loop(moving(), knobs=[FunctionKnob(knob, lambda: 0.5, write)])
+
+
+def test_no_control_steps_at_all_are_refused():
+    with pytest.raises(ValueError, match="n_control_steps must be at least 2, got 0"):
+        Controller(Static(), n_control_steps=0)
+
+
+def test_a_step_that_a_gradient_scaler_skips_does_not_count():
+    run = Loop(moving())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for bad in (False, True, False):
+        run.optimizer.zero_grad()
+        loss = run.loss(torch.randint(11, (4, 6), generator=run.data))
+        scaler.scale(loss * (float("inf") if bad else 1.0)).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.controller.step(loss=loss)
+    assert run.controller._meter.steps == 2
 
 
 def test_losses_without_optimizer_steps_warn_once(caplog):

@@ -55,21 +55,21 @@ def loader(repeat=False):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4)
 
 
-def train(folder, callback=None, max_steps=STEPS, resume=None, module=None, **changes):
+def train(folder, *callbacks, resume=None, module=None, repeat=False, **changes):
     torch.manual_seed(0)
     module = module or Module()
     trainer = lightning.Trainer(
-        max_steps=max_steps,
+        max_steps=STEPS,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[callback] if callback else [],
+        callbacks=list(callbacks),
         **changes,
     )
-    trainer.fit(module, loader(), ckpt_path=resume)
+    trainer.fit(module, loader(repeat), ckpt_path=resume)
     return trainer, module
 
 
@@ -127,31 +127,15 @@ def test_a_run_resumed_from_lightnings_checkpoint_decides_alike(tmp_path):
                 torch.set_rng_state(save.noise)  # Lightning leaves it to the user
 
     save, (first, logged), (second, again) = Save(), moving(), moving()
-    whole = Module()
-    train_with(tmp_path, [first, save], whole)
-    cut = Module()
-    train_with(tmp_path, [second, Restore()], cut, resume=tmp_path / "five.ckpt")
+    # A plain DataLoader begins again on resume: equal batches leave that out of the comparison.
+    _, whole = train(tmp_path, first, save, repeat=True)
+    checkpoint = tmp_path / "five.ckpt"
+    _, cut = train(tmp_path, second, Restore(), repeat=True, resume=checkpoint)
     assert same(cut, whole)
     for tag in ("knob/dropout", "knob/weight_decay", "signal/train_level"):
         tail = [entry for entry in series(logged, tag) if entry[0] > 5]
         assert series(again, tag) == tail
         assert tail
-
-
-def train_with(folder, callbacks, module, resume=None):
-    torch.manual_seed(0)
-    trainer = lightning.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=callbacks,
-    )
-    # A plain DataLoader begins again on resume: equal batches leave that out of the comparison.
-    trainer.fit(module, loader(repeat=True), ckpt_path=resume)
 
 
 def test_several_optimizers_are_refused_in_words(tmp_path):
