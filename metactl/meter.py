@@ -36,8 +36,7 @@ class Meter:
         self.optimizer = optimizer
         self.steps, self.armed = 0, False
         self._since_step, self._warned = 0, False
-        self._last_norm: Tensor | None = None  # of the step just taken
-        self._corrected = True
+        self._last: Tensor | None = None  # what the step just taken added to the norms
         self._before: list[Tensor] | None = None
         self._ratios: Tensor | None = None  # median and maximum
         first = self._parameters()[0]
@@ -88,12 +87,15 @@ class Meter:
 
         What is seen at the step is the gradient as clipped.
         """
-        if not self._corrected:
-            better = torch.as_tensor(norm).detach().to(self._sums).reshape(())
-            seen = self._last_norm
-            self._sums[3] += seen is None  # a closure makes the gradient after the hook looked
-            self._sums[4] += better if seen is None else better - seen
-            self._corrected = True
+        if self._last is not None:
+            self._sums[3:] += self._counted(torch.as_tensor(norm)) - self._last
+            self._last = None
+
+    def _counted(self, norm: Tensor) -> Tensor:
+        """What a norm adds: a count and itself; nothing where a step was skipped for overflow."""
+        value = norm.detach().to(self._sums).reshape(())
+        finite = torch.isfinite(value)
+        return torch.stack((finite.to(value), torch.where(finite, value, 0.0)))
 
     def read(self, known: Mapping[str, float | None]) -> Measurement:
         """What was seen since the last reading; forgets it.
@@ -145,11 +147,10 @@ class Meter:
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        norm = self._last_norm = self._gradient_norm()
-        self._corrected = False
-        if norm is not None:
-            self._sums[3] += 1
-            self._sums[4] += norm
+        norm = self._gradient_norm()
+        # Without a gradient yet, a closure makes it after this hook: the caller may know its norm.
+        self._last = torch.zeros_like(self._sums[3:]) if norm is None else self._counted(norm)
+        self._sums[3:] += self._last
         if self.armed:
             self._before = [p.detach().clone() for p in self._parameters()]
 

@@ -59,14 +59,25 @@ class MetaControlCallback(TrainerCallback, ExportableState):
     ) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        self.controller.attach(model, optimizer, total_steps=state.max_steps, **self.options)
+        saved = self._saved_in(state)
+        # A run that was begun without the callback: what is left of it is the whole.
+        total = state.max_steps if saved else state.max_steps - state.global_step
+        self.controller.attach(model, optimizer, total_steps=total, **self.options)
         if self.controller.mode == "off":
             return
-        callbacks: Any = state.stateful_callbacks or {}
-        kept = callbacks.get(type(self).__name__, {"attributes": {"saved": None}})
-        if state.global_step and kept["attributes"]["saved"]:
-            self.controller.load_state_dict(kept["attributes"]["saved"])
+        if saved:
+            self.controller.load_state_dict(saved)
         self._hook = model.register_forward_hook(self._note, with_kwargs=True)
+
+    def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
+        """The controller's state in the Trainer's checkpoint, where it was at work there."""
+        callbacks: Any = state.stateful_callbacks
+        # The Trainer saves only what it finds here, and fails where a checkpoint did not have it.
+        kept = callbacks.setdefault(type(self).__name__, self.state())
+        if isinstance(kept, list):
+            raise AttachError("a Trainer can have one MetaControlCallback, this has several")
+        saved = kept["attributes"]["saved"] if state.global_step else None
+        return saved if saved and saved["mode"] != "off" else None
 
     def on_step_end(
         self,

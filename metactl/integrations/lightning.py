@@ -47,13 +47,15 @@ class MetaControlCallback(lightning.Callback):
                 f"a run of one optimizer can be controlled, this has {len(trainer.optimizers)}"
             )
         steps = trainer.estimated_stepping_batches
-        known = math.isfinite(steps) and steps > 0
-        total = int(steps) if known else None
+        pending = self._pending if self._pending and self._pending["mode"] != "off" else None
+        # A run that was begun without the callback: what is left of it is the whole.
+        begun = 0 if pending else trainer.global_step
+        total = int(steps) - begun if math.isfinite(steps) and steps > 0 else None
         optimizer = trainer.optimizers[0]
         self.controller.attach(pl_module, optimizer, total_steps=total, **self.options)
         self._active = self.controller.mode != "off"
-        if self._active and self._pending is not None:
-            self.controller.load_state_dict(self._pending)
+        if self._active and pending is not None:
+            self.controller.load_state_dict(pending)
 
     def on_before_optimizer_step(
         self,

@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen2": transformers.Qwen2Config(**GROUPED),
     "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=8),
     "gemma": transformers.GemmaConfig(**GROUPED, head_dim=8),
+    "gemma3": transformers.Gemma3TextConfig(**{**GROUPED, "num_hidden_layers": 6}, head_dim=8),
     "gpt_neox": transformers.GPTNeoXConfig(**SMALL, rotary_pct=0.5),
     "gpt2": transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=64),
 }

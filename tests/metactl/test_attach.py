@@ -383,6 +383,16 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count():
     assert run.controller._meter.steps == 2
 
 
+def test_a_gradient_norm_that_overflows_does_not_hide_the_others():
+    run = Loop(moving(), probe=False)
+    run.train(3)
+    run.loss(torch.zeros(2, 2, dtype=torch.long)).backward()
+    run.model.out.bias.grad[0] = torch.inf
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    run.optimizer.step()
+    assert run.controller._meter.read({}).gradient_norm == pytest.approx([0.5], rel=1e-3)
+
+
 def test_losses_without_optimizer_steps_warn_once(caplog):
     run = Loop(moving())
     for _ in range(200):

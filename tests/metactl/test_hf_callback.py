@@ -131,6 +131,32 @@ def test_a_run_resumed_from_the_trainers_checkpoint_is_bit_identical(tmp_path):
         assert tail
 
 
+def test_a_run_begun_without_the_callback_is_controlled_over_what_is_left(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    train(tmp_path, **saving)
+    callback, logged = moving()
+    train(tmp_path, callback=callback, resume=str(tmp_path / "checkpoint-6"), **saving)
+    assert [step for step, _ in series(logged, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert series(logged, "signal/progress")[-1][1] == 1.0
+
+
+def test_two_callbacks_are_refused_in_words(tmp_path):
+    first, _ = moving()
+    second, _ = moving()
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=32)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = transformers.Trainer(
+        model=transformers.LlamaForCausalLM(config),
+        args=arguments,
+        train_dataset=data(),
+        callbacks=[first, second],
+    )
+    with pytest.raises(AttachError, match="can have one MetaControlCallback"):
+        trainer.train()
+
+
 def test_a_nan_that_the_trainer_filters_out_of_its_log_is_seen(tmp_path):
     class Breaks(transformers.LlamaForCausalLM):
         calls = 0
