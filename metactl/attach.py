@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
-from metactl.adapters.checks import check_attachment, log_function
+from metactl.adapters.checks import check_attachment
 from metactl.adapters.trial import sealed
 from metactl.arrays import from_json, to_json
 from metactl.controllers import BaseController, Guard, Learned
 from metactl.knobs import KnobSet, unknown_name
+from metactl.log import Log, tagged
 from metactl.meter import Meter
 from metactl.policy import Policy
 from metactl.ranks import Ranks
-from metactl.run import Measurement
 from metactl.signals import Codec, History
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,6 @@ MODES = ("act", "shadow", "off")
 _FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
 _FULL = 0.75  # of an estimated budget: from there it doubles
 _STATE_VERSION = 1
-_TAGS = {
-    "train_loss": "train/loss",
-    "gradient_norm": "train/gradient_norm",
-    "update_ratio_median": "train/update_ratio",
-    "probe_loss": "probe/loss",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +161,7 @@ class Controller:
         if mode == "off":
             return
         tokens = (tokens_per_step, unique_tokens)
-        self._log = log_function(log)
+        self._log = Log(log, strict=self.strict)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
         self.adapters = self._find(knobs, model, optimizer, on_unsupported, example)
         self._model, self._probe, self.mode = model, probe, mode
@@ -190,6 +184,8 @@ class Controller:
         self._index = 0
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
+        if self._ranks.rank != 0:
+            self._log = Log(None)
         start = {"progress": np.zeros(1)}
         loss = self._probe_loss()
         if loss is not None:
@@ -312,9 +308,10 @@ class Controller:
         observation = self._codec.observe(
             self._history, self._positions, self._last_moves, np.ones_like(self._positions)
         )
-        seen = self._seen(measurement, observation)
+        seen = tagged(measurement, self._codec.names, observation[0])
+        seen |= {f"knob/{name}": value for name, value in self._written.items()}
         if self._known_total and self._index >= self._n:
-            self._write_log(seen, meter.steps)
+            self._log.write(seen, meter.steps)
             return None  # the end: nothing left to decide for
         action = self._guard.act(observation, measurement.diverged)
         moved = self._knobs.move(self._positions, action, progress=1 / self._n)
@@ -325,7 +322,7 @@ class Controller:
             self._together(lambda: self._apply(values, moved))
         suffix = "" if self.mode == "act" else "_proposed"
         seen |= {f"knob/{name}{suffix}": value for name, value in values.items()}
-        self._write_log(seen, meter.steps)
+        self._log.write(seen, meter.steps)
         reason = self._guard.reasons[0]
         if reason:
             logger.info("Step %d: %s", meter.steps, reason)
@@ -397,31 +394,6 @@ class Controller:
             self._probe = None
             return None
 
-    def _seen(self, measurement: Measurement, observation: np.ndarray) -> dict[str, float]:
-        """What is logged, by tag."""
-        arrays = measurement.arrays()
-        seen = {
-            tag: float(value[0])
-            for field, tag in _TAGS.items()
-            if (value := arrays[field]) is not None
-        }
-        for name, value in zip(self._codec.names, observation[0], strict=True):
-            if name.startswith("signal/"):
-                seen[name] = float(value)
-        return seen | {f"knob/{name}": value for name, value in self._written.items()}
-
-    def _write_log(self, seen: Mapping[str, float], step: int) -> None:
-        if self._ranks.rank != 0:
-            return
-        try:
-            for tag, value in seen.items():
-                self._log(tag, value, step)
-        except Exception:
-            if self.strict:
-                raise
-            logger.warning("Logging failed; the controller goes on without", exc_info=True)
-            self._log = log_function(None)
-
     # House-keeping ------------------------------------------------------------------------------
 
     def _find(
@@ -440,20 +412,16 @@ class Controller:
             wanted = [name for name in names if name in KNOWN]
         found, refused = find_adapters(wanted, model, optimizer, example)
         missing |= refused
-        named = {adapter.knob.name: adapter for adapter in found}
-        reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())
         strict = knobs is not None if on_unsupported is None else on_unsupported == "raise"
-        if not named or len(named) < len(found) or (missing and strict):
+        if not found or (missing and strict):
             for adapter in found:
                 adapter.close()
-            if named and len(named) < len(found):
-                raise AttachError("two of the knobs have the same name")
-            raise AttachError(f"cannot move {reasons or 'anything: knobs is empty'}")
+            raise AttachError(f"cannot move {_listed(missing) or 'anything: knobs is empty'}")
         if missing:
             everything = knobs is None and not isinstance(self.controller, Learned)
             level = logging.INFO if everything else logging.WARNING
-            logger.log(level, "Left alone: %s", reasons)
-        return named
+            logger.log(level, "Left alone: %s", _listed(missing))
+        return {adapter.knob.name: adapter for adapter in found}
 
     def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
         inside = {
@@ -477,6 +445,10 @@ class Controller:
         if self._meter is not None:
             self._meter.close()
         self._meter, self.adapters, self.mode = None, {}, "off"
+
+
+def _listed(missing: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in missing.items())
 
 
 def _close(a: float, b: float) -> bool:

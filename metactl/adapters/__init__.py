@@ -33,7 +33,7 @@ def find_adapters(
         example: An input for the trial; see `metactl.adapters.trial.make_trial`.
 
     Raises:
-        AttachError: For an unknown name.
+        AttachError: For what is neither a known name nor an adapter, and for a name twice.
     """
     trial = make_trial(model, example)
     makers: dict[str, Callable[[], KnobAdapter]] = {
@@ -51,7 +51,10 @@ def find_adapters(
             raise AttachError(unknown_name("knob", entry, KNOWN))
         if not isinstance(entry, str | KnobAdapter):
             raise AttachError(f"a knob must be a name or an adapter, got {type(entry).__name__}")
-    for entry in wanted:
+    names = [entry if isinstance(entry, str) else entry.knob.name for entry in wanted]
+    if len(set(names)) < len(names):
+        raise AttachError(f"two of the knobs have the same name: {', '.join(names)}")
+    for name, entry in zip(names, wanted, strict=True):
         adapter: KnobAdapter | None = None
         try:
             adapter = makers[entry]() if isinstance(entry, str) else entry
@@ -62,5 +65,5 @@ def find_adapters(
                 adapter.close()
             expected = isinstance(error, AttachError)
             why = str(error) if expected else f"{type(error).__name__}: {error}"
-            missing[entry if isinstance(entry, str) else entry.knob.name] = why
+            missing[name] = why
     return found, missing

@@ -1,15 +1,12 @@
 """What `Controller.attach` is given, checked before anything is touched."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from metactl.adapters.base import AttachError
-
-Log = Callable[[str, float, int], object]
 
 
 def check_attachment(
@@ -43,16 +40,3 @@ def check_attachment(
 
 def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def log_function(log: Any) -> Log:
-    """What a user gives for logging, as one function."""
-    if log is None:
-        return lambda tag, value, step: None
-    if hasattr(log, "add_scalar"):
-        return lambda tag, value, step: log.add_scalar(tag, value, step)
-    if callable(log):
-        return log
-    raise AttachError(
-        f"log must be a SummaryWriter or a function of (tag, value, step), got {type(log).__name__}"
-    )

@@ -59,8 +59,7 @@ class Loop:
                 self.optimizer,
                 total_steps=total_steps,
                 probe=self.probe if probe else None,
-                log=lambda *entry: self.logged.append(entry),
-                **options,
+                **{"log": lambda *entry: self.logged.append(entry), **options},
             )
 
     def probe(self):
@@ -239,8 +238,7 @@ def test_a_log_that_fails_does_not_stop_training(caplog):
     def full(tag, value, step):
         raise OSError("disk full")
 
-    run = Loop(moving())
-    run.controller._log = full
+    run = Loop(moving(), log=full)
     with caplog.at_level(logging.WARNING, logger="metactl"):
         run.train(STEPS)
     assert len(caplog.records) == 1
@@ -304,6 +302,7 @@ def broken(**changes):
         ({"total_steps": "24"}, "got '24'"),
         ({"tokens_per_step": "many"}, "tokens_per_step must be above 0 tokens and finite"),
         ({"knobs": "dropout"}, "knobs must be a list of names and adapters, got 'dropout'"),
+        ({"knobs": ["dropout", "dropout"]}, "two of the knobs have the same name"),
         ({"knobs": [3]}, "a knob must be a name or an adapter, got int"),
         ({"knobs": []}, "cannot move anything: knobs is empty"),
         ({"knobs": ["rope_base"]}, "rope_base: the model has no rotary embedding"),
