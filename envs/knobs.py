@@ -44,51 +44,14 @@ def knobs_of(
 
 
 def _all_knobs(shape: TransformerConfig, default_dropout: float) -> tuple[Knob, ...]:
-    return (
-        Knob(
-            name="rope_base", low=4.0, high=1e6, default=shape.rope_base, scale="log2", unit="base"
-        ),
-        Knob(
-            name="attention_span",
-            low=min(4.0, shape.context / 2),
-            high=float(shape.context),
-            default=float(shape.context),
-            scale="log2",
-            unit="tokens",
-        ),
-        Knob(
-            name="embedding_width",
-            low=shape.width_levels[0],
-            high=1.0,
-            default=1.0,
-            scale="levels",
-            levels=shape.width_levels,
-            max_move=1.0,  # every change of width is a shock: at most once across in a run
-            unit="fraction",
-        ),
-        Knob(
-            name="dropout",
-            low=0.0,
-            high=0.6,
-            default=default_dropout,
-            scale="linear",
-            unit="probability",
-        ),
-        Knob(name="position_scale", low=0.125, high=8.0, default=1.0, scale="log2", unit="factor"),
-        Knob(
-            name="rotation_strength",
-            low=0.0,
-            high=2.0,
-            default=1.0,
-            scale="linear",
-            unit="factor",
-        ),
-        Knob(
-            name="orthogonality_weight",
-            low=1e-3,
-            high=10.0,
-            default=min(max(shape.rotary.orthogonality_weight, 1e-3), 10.0),
-            scale="log2",
-            unit="weight",
-        ),
-    )
+    defaults = {
+        "rope_base": shape.rope_base,
+        "attention_span": float(shape.context),
+        "embedding_width": 1.0,
+        "dropout": default_dropout,
+        "position_scale": 1.0,
+        "rotation_strength": 1.0,
+        "orthogonality_weight": min(max(shape.rotary.orthogonality_weight, 1e-3), 10.0),
+    }
+    ranges = shape.knob_ranges()
+    return tuple(Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())

@@ -130,5 +130,30 @@ class TransformerConfig:
         """Length of the span's soft edge, in tokens."""
         return max(1.0, self.context / 8) if self.span_ramp is None else self.span_ramp
 
+    def knob_ranges(self) -> dict[str, dict[str, Any]]:
+        """Where a controller may move each knob: the fields of a `Knob`, all but its default."""
+        levels = self.width_levels
+        return {
+            "rope_base": {"low": 4.0, "high": 1e6, "scale": "log2", "unit": "base"},
+            "attention_span": {
+                "low": min(4.0, self.context / 2),
+                "high": float(self.context),
+                "scale": "log2",
+                "unit": "tokens",
+            },
+            "embedding_width": {
+                "low": levels[0],
+                "high": 1.0,
+                "scale": "levels",
+                "levels": levels,
+                "max_move": 1.0,  # every change of width is a shock: at most once across in a run
+                "unit": "fraction",
+            },
+            "dropout": {"low": 0.0, "high": 0.6, "scale": "linear", "unit": "probability"},
+            "position_scale": {"low": 0.125, "high": 8.0, "scale": "log2", "unit": "factor"},
+            "rotation_strength": {"low": 0.0, "high": 2.0, "scale": "linear", "unit": "factor"},
+            "orthogonality_weight": {"low": 1e-3, "high": 10.0, "scale": "log2", "unit": "weight"},
+        }
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -173,11 +173,12 @@ class Knobs(nn.Module):
             self.gates[rows] = stepped_gates(self.gates[rows], self.width_level[rows], 1.0)
             self.refresh({"embedding_width"})
 
-    def storage(self) -> dict[str, Tensor]:
+    def storage(self, knobs: Sequence[str] = KNOB_NAMES) -> dict[str, Tensor]:
         """The buffers behind the values, each with a leading replica dimension; after writing
         to them, call `AdaptiveTransformer.refresh`.
         """
-        names = [_BUFFERS.get(name, name) for name in KNOB_NAMES] + ["gates"]
+        names = [_BUFFERS.get(name, name) for name in knobs]
+        names += ["gates"] if "embedding_width" in knobs else []
         return {name: getattr(self, name) for name in names}
 
     def keep_precision(self, values: Mapping[str, Tensor]) -> None:

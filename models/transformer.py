@@ -229,6 +229,14 @@ class AdaptiveTransformer(nn.Module):
             generator=generator,
         )
 
+    def trial_input(self, training: bool) -> dict[str, Any]:
+        """Arguments of a short forward pass, for whoever wants to see what a knob does."""
+        length = min(16, self.config.context)
+        tokens = torch.arange(length, device=self.embedding.device) % self.config.vocab_size
+        seeds = torch.arange(self.n_replicas, device=tokens.device)
+        noise = Noise(seeds, torch.zeros_like(seeds)) if training else None
+        return {"tokens": tokens.expand(self.n_replicas, 1, length), "noise": noise}
+
     def count_parameters(self) -> int:
         """Parameters of one replica."""
         return sum(p.numel() for p in self.parameters()) // self.n_replicas

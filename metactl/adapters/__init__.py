@@ -1,21 +1,44 @@
 """Knobs of somebody else's training run: found, tried, and then moved."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from metactl.adapters.adaptive import ADAPTIVE_KNOBS, AdaptiveKnob, is_adaptive
 from metactl.adapters.base import AttachError, FunctionKnob, KnobAdapter
 from metactl.adapters.dropout import DropoutKnob
 from metactl.adapters.optimizer import LearningRateKnob, WeightDecayKnob
 from metactl.adapters.rope import RopeBaseKnob
-from metactl.adapters.trial import make_trial
+from metactl.adapters.span import AttentionSpanKnob, hold_span
+from metactl.adapters.trial import length_of, make_trial
 from metactl.knobs import unknown_name
 
-__all__ = ["KNOWN", "AttachError", "FunctionKnob", "KnobAdapter", "find_adapters"]
+__all__ = ["KNOWN", "AttachError", "FunctionKnob", "KnobAdapter", "find_adapters", "hold_span"]
 
-KNOWN = ("rope_base", "dropout", "learning_rate_multiplier", "weight_decay")
+KNOWN = (*ADAPTIVE_KNOBS, "learning_rate_multiplier", "weight_decay")
+
+_Maker = Callable[[], KnobAdapter]
+
+
+def _makers(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any) -> dict[str, _Maker]:
+    """What makes each knob's adapter for this model; knobs that it cannot have are not there."""
+    trial = make_trial(model, example)
+    makers: dict[str, _Maker] = {
+        "learning_rate_multiplier": lambda: LearningRateKnob(optimizer),
+        "weight_decay": lambda: WeightDecayKnob(optimizer),
+    }
+    if is_adaptive(model):
+        return makers | {
+            name: partial(AdaptiveKnob, name, model, trial, optimizer) for name in ADAPTIVE_KNOBS
+        }
+    return makers | {
+        "rope_base": lambda: RopeBaseKnob(model, trial),
+        "attention_span": lambda: AttentionSpanKnob(model, trial, length_of(example)),
+        "dropout": lambda: DropoutKnob(model, trial),
+    }
 
 
 def find_adapters(
@@ -35,19 +58,13 @@ def find_adapters(
     Raises:
         AttachError: For what is neither a known name nor an adapter, and for a name twice.
     """
-    trial = make_trial(model, example)
-    makers: dict[str, Callable[[], KnobAdapter]] = {
-        "rope_base": lambda: RopeBaseKnob(model, trial),
-        "dropout": lambda: DropoutKnob(model, trial),
-        "learning_rate_multiplier": lambda: LearningRateKnob(optimizer),
-        "weight_decay": lambda: WeightDecayKnob(optimizer),
-    }
+    makers = _makers(model, optimizer, example)
     found: list[KnobAdapter] = []
     missing: dict[str, str] = {}
     if isinstance(wanted, str):
         raise AttachError(f"knobs must be a list of names and adapters, got {wanted!r}")
     for entry in wanted:
-        if isinstance(entry, str) and entry not in makers:
+        if isinstance(entry, str) and entry not in KNOWN:
             raise AttachError(unknown_name("knob", entry, KNOWN))
         if not isinstance(entry, str | KnobAdapter):
             raise AttachError(f"a knob must be a name or an adapter, got {type(entry).__name__}")
@@ -55,6 +72,9 @@ def find_adapters(
     if len(set(names)) < len(names):
         raise AttachError(f"two of the knobs have the same name: {', '.join(names)}")
     for name, entry in zip(names, wanted, strict=True):
+        if isinstance(entry, str) and entry not in makers:
+            missing[name] = "no way to move it in this model"
+            continue
         adapter: KnobAdapter | None = None
         try:
             adapter = makers[entry]() if isinstance(entry, str) else entry

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metactl.adapters.base import AttachError
+from metactl.adapters.base import AttachError, unwrapped
 
 _SEED = 20
 _N_TOKENS = 16
@@ -52,12 +52,12 @@ def make_trial(model: nn.Module, example: Any = None) -> Callable[[bool], Tensor
 
     Args:
         model: The model, called as `model(example)`, `model(*example)` or `model(**example)`.
-        example: An input: a tensor, tuple or mapping. By default token ids within the model's
-            first embedding.
+        example: An input: a tensor, tuple or mapping. By default what the model's own
+            `trial_input(training)` gives, else token ids within its first embedding.
     """
 
     def trial(training: bool) -> Tensor:
-        given = _tokens(model) if example is None else example
+        given = _usual_input(model, training) if example is None else example
         with sealed(model, training=training):
             torch.manual_seed(_SEED)
             try:
@@ -78,7 +78,20 @@ def make_trial(model: nn.Module, example: Any = None) -> Callable[[bool], Tensor
     return trial
 
 
-def _tokens(model: nn.Module) -> Tensor:
+def length_of(example: Any) -> int | None:
+    """Tokens per sequence of an input, where it has token ids."""
+    if isinstance(example, Mapping):
+        example = [example["input_ids"]] if "input_ids" in example else []
+    for given in example if isinstance(example, list | tuple) else (example,):
+        if isinstance(given, Tensor) and not given.is_floating_point() and given.dim() >= 1:
+            return given.shape[-1]
+    return None
+
+
+def _usual_input(model: nn.Module, training: bool) -> Any:
+    inner: Any = unwrapped(model)
+    if hasattr(inner, "trial_input"):
+        return inner.trial_input(training)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             ids = torch.arange(_N_TOKENS, device=module.weight.device) % module.num_embeddings
