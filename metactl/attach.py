@@ -1,55 +1,26 @@
 """A controller on somebody else's training run."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
 from metactl.adapters.checks import check_attachment
-from metactl.adapters.trial import sealed
-from metactl.arrays import from_json, to_json
-from metactl.controllers import BaseController, Guard, Learned
-from metactl.knobs import KnobSet, unknown_name
-from metactl.log import Log, tagged
-from metactl.meter import Meter
+from metactl.attachment import STATE_VERSION, Attachment, Decision, Given
+from metactl.controllers import BaseController, Learned
+from metactl.knobs import unknown_name
+from metactl.log import Log
 from metactl.policy import Policy
-from metactl.ranks import Ranks
-from metactl.signals import Codec, History
+
+__all__ = ["MODES", "Controller", "Decision"]
 
 logger = logging.getLogger(__name__)
 
 MODES = ("act", "shadow", "off")
-_FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
-_FULL = 0.75  # of an estimated budget: from there it doubles
-_STATE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a controller decided at one control step.
-
-    Args:
-        step: Optimizer steps taken so far.
-        values: By knob: the value decided on, in force from now if `applied`.
-        previous: By knob: the value in force until now.
-        applied: Whether the values were put in force (mode `"act"`).
-        vetoed: Whether the guard decided instead of the controller.
-        reason: The guard's, in words; empty where it let the controller decide.
-    """
-
-    step: int
-    values: dict[str, float]
-    previous: dict[str, float]
-    applied: bool
-    vetoed: bool
-    reason: str
 
 
 class Controller:
@@ -64,6 +35,7 @@ class Controller:
         strict: Raise what goes wrong in a control step, instead of switching off with a warning.
 
     Example:
+        >>> import numpy as np
         >>> from metactl.controllers import Schedule
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
         >>> optimizer = torch.optim.AdamW(model.parameters())
@@ -97,16 +69,22 @@ class Controller:
         if self.n_control_steps < 2:
             raise ValueError(f"n_control_steps must be at least 2, got {n_control_steps}")
         self.controller, self.strict = controller, strict
-        self.mode = "off"
-        self.adapters: dict[str, KnobAdapter] = {}
-        self._meter: Meter | None = None
+        self._run: Attachment | None = None
+
+    @property
+    def mode(self) -> str:
+        """`"act"` or `"shadow"` while attached, else `"off"`."""
+        if self._run is None:
+            return "off"
+        return "act" if self._run.act else "shadow"
 
     @classmethod
     def from_pretrained(cls, policy: str | Path, **options: Any) -> "Controller":
         """A controller by a policy.
 
         Args:
-            policy: Folder of a policy, as `metactl train` leaves it.
+            policy: Folder of a policy, as `metactl train` leaves it, or the name of one that
+                ships: `"default"`.
             options: Of the constructor.
 
         Raises:
@@ -156,42 +134,32 @@ class Controller:
         """
         if mode not in MODES:
             raise AttachError(unknown_name("mode", mode, MODES))
-        if self._meter is not None:
+        if self._run is not None:
             raise AttachError("this controller is attached already; detach it first")
         if mode == "off":
             return
+        written = Log(log, strict=self.strict)
         tokens = (tokens_per_step, unique_tokens)
-        self._log = Log(log, strict=self.strict)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
-        self.adapters = self._find(knobs, model, optimizer, on_unsupported, example)
-        self._model, self._probe, self.mode = model, probe, mode
-        self._known_total = total_steps is not None
-        self._total = _FIRST_BUDGET if total_steps is None else total_steps
-        self._n = min(self.n_control_steps, self._total)
-        self._per_step, self._unique = tokens_per_step, unique_tokens
-        self._knobs = KnobSet([adapter.knob for adapter in self.adapters.values()])
-        self._codec = Codec(self._knobs)
-        self._history = History(1, self._n + 1)
-        self._guard = Guard(self.controller, n_control_steps=self._n, strict=self.strict)
+        adapters = self._find(knobs, model, optimizer, on_unsupported, example)
         try:
-            self._guard.begin(self._codec, 1)
-        except ValueError as error:
-            self._let_go()
-            raise AttachError(str(error)) from error
-        self._written = {name: adapter.read() for name, adapter in self.adapters.items()}
-        self._positions = self._position_of(self._written)
-        self._last_moves = np.zeros_like(self._positions)
-        self._index = 0
-        self._meter = Meter(optimizer)
-        self._ranks = Ranks(self._meter.device)
-        if self._ranks.rank != 0:
-            self._log = Log(None)
-        start = {"progress": np.zeros(1)}
-        loss = self._probe_loss()
-        if loss is not None:
-            start["probe_loss"] = np.array([loss])
-        self._history.reset([0], start)
-        self._arm()
+            self._run = Attachment(
+                self.controller,
+                adapters,
+                model,
+                optimizer,
+                Given(total_steps, probe, *tokens),
+                act=mode == "act",
+                n_control_steps=self.n_control_steps,
+                log=written,
+                strict=self.strict,
+            )
+        except Exception as error:
+            for adapter in adapters.values():
+                adapter.close()
+            if isinstance(error, ValueError):
+                raise AttachError(str(error)) from error
+            raise
 
     def step(
         self, loss: Tensor | float, gradient_norm: Tensor | float | None = None
@@ -205,22 +173,16 @@ class Controller:
         Returns:
             A decision at control steps, else None.
         """
-        if self.mode == "off" or self._meter is None:
+        if self._run is None:
             return None
-        self._meter.add_loss(loss)
-        if gradient_norm is not None:
-            self._meter.correct_norm(gradient_norm)
+        self._run.note(loss, gradient_norm)
         try:
-            decision = None
-            if self._meter.steps >= self._next:
-                decision = self._control()
-            self._arm()
-            return decision
+            return self._run.step()
         except Exception:
             if self.strict:
                 raise
             logger.warning("The controller failed and is off; training goes on", exc_info=True)
-            self._let_go()
+            self.detach(restore=False)
             return None
 
     def detach(self, restore: bool = True) -> None:
@@ -229,27 +191,15 @@ class Controller:
         Args:
             restore: Put the knobs back to what they were at `attach`; else they stay.
         """
-        if restore:
-            for adapter in self.adapters.values():
-                adapter.restore()
-        self._let_go()
+        if self._run is not None:
+            self._run.close(restore=restore)
+            self._run = None
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines how the controller goes on, as JSON values."""
-        if self._meter is None:
-            return {"version": _STATE_VERSION, "mode": "off"}
-        return {
-            "version": _STATE_VERSION,
-            "mode": self.mode,
-            "knobs": dict(self._written),
-            "total": self._total,
-            "index": self._index,
-            "positions": dict(zip(self._written, to_json(self._positions[0]), strict=True)),
-            "last_moves": dict(zip(self._written, to_json(self._last_moves[0]), strict=True)),
-            "history": {name: to_json(column) for name, column in self._history.columns.items()},
-            "meter": self._meter.state_dict(),
-            "guard": self._guard.state_dict(),
-        }
+        if self._run is None:
+            return {"version": STATE_VERSION, "mode": "off"}
+        return self._run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; `attach` to the same kind of run comes first.
@@ -258,143 +208,10 @@ class Controller:
             AttachError: If the state is of another version, damaged, or of another run.
         """
         version = state.get("version") if isinstance(state, Mapping) else None
-        if version != _STATE_VERSION:
-            raise AttachError(f"state has version {version!r}; this metactl reads {_STATE_VERSION}")
-        if self._meter is None or state.get("mode") == "off":
-            return
-        known = state.get("knobs", {})
-        if set(known) != set(self.adapters):
-            raise AttachError(
-                f"the state has the knobs {', '.join(known)}; "
-                f"this run has {', '.join(self.adapters)}"
-            )
-        if self._known_total and state.get("total") != self._total:
-            raise AttachError(
-                f"the state is of a run of {state.get('total')} optimizer steps, "
-                f"this one has {self._total}"
-            )
-        try:
-            written = {name: float(known[name]) for name in self.adapters}
-            if not all(math.isfinite(value) for value in written.values()):
-                raise ValueError(f"knobs must be finite, got {written}")
-            total, index = int(state["total"]), int(state["index"])
-            for name, target in (
-                ("positions", self._positions),
-                ("last_moves", self._last_moves),
-            ):
-                target[0] = [float(state[name][knob]) for knob in self.adapters]
-            for name, column in self._history.columns.items():
-                self._history.columns[name] = from_json(state["history"][name], column)
-            self._meter.load_state_dict(state["meter"])
-            self._guard.load_state_dict(state["guard"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise AttachError(f"the state does not fit this run: {error}") from error
-        self._total, self._index, self._written = total, index, written
-        for name, value in self._written.items() if self.mode == "act" else ():
-            self.adapters[name].write(value)
-        self._arm()
-
-    # One control step ---------------------------------------------------------------------------
-
-    def _control(self) -> Decision | None:
-        meter = self._meter
-        assert meter is not None  # for the type checker: step() asked
-        self._estimate(meter.steps)
-        self._index = max(self._index + 1, self._n * meter.steps // self._total)
-        measurement = self._ranks.mean(meter.read(self._measure(meter)))
-        self._together(self._note_changes_by_hand)
-        progress = np.array([min(meter.steps / self._total, 1.0)])
-        self._history.append(progress, measurement)
-        observation = self._codec.observe(
-            self._history, self._positions, self._last_moves, np.ones_like(self._positions)
-        )
-        seen = tagged(measurement, self._codec.names, observation[0])
-        seen |= {f"knob/{name}": value for name, value in self._written.items()}
-        if self._known_total and self._index >= self._n:
-            self._log.write(seen, meter.steps)
-            return None  # the end: nothing left to decide for
-        action = self._guard.act(observation, measurement.diverged)
-        moved = self._knobs.move(self._positions, action, progress=1 / self._n)
-        moved = self._ranks.gather(moved[0].tolist())[:1]  # the first process decides
-        values = {name: float(v[0]) for name, v in self._knobs.values(moved).items()}
-        previous = dict(self._written)
-        if self.mode == "act":
-            self._together(lambda: self._apply(values, moved))
-        suffix = "" if self.mode == "act" else "_proposed"
-        seen |= {f"knob/{name}{suffix}": value for name, value in values.items()}
-        self._log.write(seen, meter.steps)
-        reason = self._guard.reasons[0]
-        if reason:
-            logger.info("Step %d: %s", meter.steps, reason)
-        return Decision(
-            step=meter.steps,
-            values=values,
-            previous=previous,
-            applied=self.mode == "act",
-            vetoed=bool(reason),
-            reason=reason,
-        )
-
-    def _together(self, act: Callable[[], None]) -> None:
-        """Does something that may fail in one process, and fails in all of them then."""
-        error: Exception | None = None
-        try:
-            act()
-        except Exception as caught:
-            error = caught
-        self._ranks.require(error)
-
-    def _apply(self, values: dict[str, float], moved: np.ndarray) -> None:
-        for name, value in values.items():
-            if value != self._written[name]:
-                self.adapters[name].write(value)
-                read = self.adapters[name].read()
-                if not _close(read, value):
-                    raise AttachError(f"knob {name!r}: wrote {value:g}, read back {read:g}")
-                self._written[name] = value
-        largest = np.array([knob.max_move for knob in self._knobs.knobs]) / self._n
-        self._last_moves = (moved - self._positions) / largest
-        self._positions = moved
-
-    def _note_changes_by_hand(self) -> None:
-        """Where somebody else moved a knob, the controller goes on from there."""
-        for i, (name, adapter) in enumerate(self.adapters.items()):
-            read = adapter.read()
-            if not _close(read, self._written[name]):
-                logger.info("Knob %r was changed to %g from outside", name, read)
-                self._written[name] = read
-                self._positions[:, i] = self._position_of(self._written)[:, i]
-
-    def _estimate(self, steps: int) -> None:
-        """Doubles an estimated budget that is nearly used up; the past shrinks with it."""
-        while not self._known_total and steps > _FULL * self._total:
-            self._total *= 2
-            self._index //= 2
-            self._history.columns["progress"] /= 2
-
-    def _measure(self, meter: Meter) -> dict[str, float | None]:
-        per_step = self._per_step
-        return {
-            "probe_loss": self._probe_loss(),
-            "tokens_seen": None if per_step is None else per_step * meter.steps,
-            "unique_tokens": self._unique,
-            "n_parameters": float(meter.n_parameters()),
-        }
-
-    def _probe_loss(self) -> float | None:
-        if self._probe is None:
-            return None
-        try:
-            with sealed(self._model, training=False):
-                return float(self._probe())
-        except Exception:
-            if self.strict:
-                raise
-            logger.warning("The probe failed; going on without it", exc_info=True)
-            self._probe = None
-            return None
-
-    # House-keeping ------------------------------------------------------------------------------
+        if version != STATE_VERSION:
+            raise AttachError(f"state has version {version!r}; this metactl reads {STATE_VERSION}")
+        if self._run is not None and state.get("mode") != "off":
+            self._run.load_state_dict(state)
 
     def _find(
         self,
@@ -423,33 +240,6 @@ class Controller:
             logger.log(level, "Left alone: %s", _listed(missing))
         return {adapter.knob.name: adapter for adapter in found}
 
-    def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
-        inside = {
-            knob.name: min(max(values[knob.name], knob.low), knob.high)
-            for knob in self._knobs.knobs
-        }
-        return self._knobs.positions(inside, 1)
-
-    def _arm(self) -> None:
-        """Sets the next control step; the optimizer step that ends in it measures its update."""
-        if self._meter is None:
-            return
-        index = self._index + 1
-        finished = self._known_total and index > self._n
-        self._next = math.inf if finished else round(index * self._total / self._n)
-        self._meter.armed = self._meter.steps + 1 >= self._next and not finished
-
-    def _let_go(self) -> None:
-        for adapter in self.adapters.values():
-            adapter.close()
-        if self._meter is not None:
-            self._meter.close()
-        self._meter, self.adapters, self.mode = None, {}, "off"
-
 
 def _listed(missing: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {why}" for name, why in missing.items())
-
-
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)

@@ -141,7 +141,7 @@ def test_what_is_measured_is_what_a_user_would_compute():
     run.train(3)
     before = [p.detach().clone() for p in run.model.parameters()]
     run.train(1)
-    column = {name: values[0, -1] for name, values in run.controller._history.columns.items()}
+    column = {name: values[0, -1] for name, values in run.controller._run._history.columns.items()}
     assert column["train_loss"] == pytest.approx(np.mean(run.losses), rel=1e-6)
     assert column["train_loss_std"] == pytest.approx(np.std(run.losses), rel=1e-4)
     ratios = [
@@ -160,7 +160,7 @@ def test_a_given_gradient_norm_counts_instead_of_the_clipped_one():
     run.controller.step(loss=1.0, gradient_norm=torch.tensor(2.5))
     run.controller.step(loss=1.0, gradient_norm=9.0)  # no step of the optimizer since
     run.train(3)
-    assert run.controller._history["gradient_norm"][0, -1] == pytest.approx((2.5 + 1.5) / 4)
+    assert run.controller._run._history["gradient_norm"][0, -1] == pytest.approx((2.5 + 1.5) / 4)
 
 
 def test_micro_batches_count_as_the_optimizer_steps_they_make():
@@ -192,10 +192,10 @@ def test_a_resumed_run_decides_and_trains_bit_identically(stop):
 def test_an_unknown_budget_is_estimated_and_corrected():
     run = Loop(moving(), total_steps=None, probe=False)
     run.train(5)
-    run.controller._total = 24  # as if the first guess had been short
+    run.controller._run._total = 24  # as if the first guess had been short
     run.train(40)
-    assert run.controller._total == 96
-    progress = run.controller._history["progress"][0]
+    assert run.controller._run._total == 96
+    progress = run.controller._run._history["progress"][0]
     known = progress[np.isfinite(progress)]
     assert np.all(np.diff(known) >= 0)
     assert known[-1] <= 0.75
@@ -379,7 +379,7 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count():
         scaler.step(run.optimizer)
         scaler.update()
         run.controller.step(loss=loss)
-    assert run.controller._meter.steps == 2
+    assert run.controller._run._meter.steps == 2
 
 
 def test_a_gradient_norm_that_overflows_does_not_hide_the_others():
@@ -389,7 +389,7 @@ def test_a_gradient_norm_that_overflows_does_not_hide_the_others():
     run.model.out.bias.grad[0] = torch.inf
     run.optimizer.param_groups[0]["lr"] = 0.0
     run.optimizer.step()
-    assert run.controller._meter.read({}).gradient_norm == pytest.approx([0.5], rel=1e-3)
+    assert run.controller._run._meter.read({}).gradient_norm == pytest.approx([0.5], rel=1e-3)
 
 
 def test_losses_without_optimizer_steps_warn_once(caplog):

@@ -1,0 +1,307 @@
+"""A training run under control, from attaching to letting go: measure, decide, move, read back."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metactl.adapters import AttachError, KnobAdapter
+from metactl.adapters.trial import sealed
+from metactl.arrays import from_json, to_json
+from metactl.controllers import BaseController, Guard
+from metactl.knobs import KnobSet
+from metactl.log import Log, tagged
+from metactl.meter import Meter
+from metactl.ranks import Ranks
+from metactl.signals import Codec, History
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+_FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
+_FULL = 0.75  # of an estimated budget: from there it doubles
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the owner of a run says about it; see `Controller.attach`."""
+
+    total_steps: int | None
+    probe: Callable[[], float | Tensor] | None
+    tokens_per_step: float | None
+    unique_tokens: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a controller decided at one control step.
+
+    Args:
+        step: Optimizer steps taken so far.
+        values: By knob: the value decided on, in force from now if `applied`.
+        previous: By knob: the value in force until now.
+        applied: Whether the values were put in force (mode `"act"`).
+        vetoed: Whether the guard decided instead of the controller.
+        reason: The guard's, in words; empty where it let the controller decide.
+    """
+
+    step: int
+    values: dict[str, float]
+    previous: dict[str, float]
+    applied: bool
+    vetoed: bool
+    reason: str
+
+
+class Attachment:
+    """One training run and the controller that watches it.
+
+    Args:
+        controller: Who decides, inside the guard.
+        adapters: The knobs, tried.
+        model: The model.
+        optimizer: The one that trains it.
+        given: What is known of the run.
+        act: Whether decisions are put in force.
+        n_control_steps: Decisions per run, at most one per optimizer step.
+        log: Where measurements and knobs are written.
+        strict: Raise what goes wrong in a probe or in the controller.
+
+    Raises:
+        ValueError: If the controller cannot move these knobs.
+    """
+
+    def __init__(
+        self,
+        controller: BaseController,
+        adapters: Mapping[str, KnobAdapter],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        given: Given,
+        *,
+        act: bool,
+        n_control_steps: int,
+        log: Log,
+        strict: bool,
+    ) -> None:
+        self.adapters, self.act = dict(adapters), act
+        self._model, self._given, self._strict = model, given, strict
+        self._probe = given.probe
+        self._known_total = given.total_steps is not None
+        self._total = _FIRST_BUDGET if given.total_steps is None else given.total_steps
+        self._n = min(n_control_steps, self._total)
+        self._knobs = KnobSet([adapter.knob for adapter in adapters.values()])
+        self._codec = Codec(self._knobs)
+        self._history = History(1, self._n + 1)
+        self._guard = Guard(controller, n_control_steps=self._n, strict=strict)
+        self._guard.begin(self._codec, 1)
+        self._written = {name: adapter.read() for name, adapter in adapters.items()}
+        self._positions = self._position_of(self._written)
+        self._last_moves = np.zeros_like(self._positions)
+        self._index = 0
+        start = {"progress": np.zeros(1)}
+        loss = self._probe_loss()
+        if loss is not None:
+            start["probe_loss"] = np.array([loss])
+        self._history.reset([0], start)
+        self._meter = Meter(optimizer)
+        self._ranks = Ranks(self._meter.device)
+        self._log = log if self._ranks.rank == 0 else Log(None)
+        self._arm()
+
+    def note(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
+        """Takes in one minibatch.
+
+        Raises:
+            TypeError: If the loss is not one number.
+        """
+        self._meter.add_loss(loss)
+        if gradient_norm is not None:
+            self._meter.correct_norm(gradient_norm)
+
+    def step(self) -> Decision | None:
+        """A decision, where a control step is due."""
+        decision = self._control() if self._meter.steps >= self._next else None
+        self._arm()
+        return decision
+
+    def close(self, *, restore: bool) -> None:
+        """Lets go of the run; with `restore`, the knobs go back to what they were."""
+        for adapter in self.adapters.values():
+            if restore:
+                adapter.restore()
+            adapter.close()
+        self._meter.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that determines how the controller goes on, as JSON values."""
+        return {
+            "version": STATE_VERSION,
+            "mode": "act" if self.act else "shadow",
+            "knobs": dict(self._written),
+            "total": self._total,
+            "index": self._index,
+            "positions": dict(zip(self._written, to_json(self._positions[0]), strict=True)),
+            "last_moves": dict(zip(self._written, to_json(self._last_moves[0]), strict=True)),
+            "history": {name: to_json(column) for name, column in self._history.columns.items()},
+            "meter": self._meter.state_dict(),
+            "guard": self._guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of this version.
+
+        Raises:
+            AttachError: If it is damaged, or of another run.
+        """
+        known = state.get("knobs", {})
+        if set(known) != set(self.adapters):
+            raise AttachError(
+                f"the state has the knobs {', '.join(known)}; "
+                f"this run has {', '.join(self.adapters)}"
+            )
+        if self._known_total and state.get("total") != self._total:
+            raise AttachError(
+                f"the state is of a run of {state.get('total')} optimizer steps, "
+                f"this one has {self._total}"
+            )
+        try:
+            written = {name: float(known[name]) for name in self.adapters}
+            if not all(math.isfinite(value) for value in written.values()):
+                raise ValueError(f"knobs must be finite, got {written}")
+            total, index = int(state["total"]), int(state["index"])
+            for name, target in (
+                ("positions", self._positions),
+                ("last_moves", self._last_moves),
+            ):
+                target[0] = [float(state[name][knob]) for knob in self.adapters]
+            for name, column in self._history.columns.items():
+                self._history.columns[name] = from_json(state["history"][name], column)
+            self._meter.load_state_dict(state["meter"])
+            self._guard.load_state_dict(state["guard"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise AttachError(f"the state does not fit this run: {error}") from error
+        self._total, self._index, self._written = total, index, written
+        for name, value in self._written.items() if self.act else ():
+            self.adapters[name].write(value)
+        self._arm()
+
+    def _control(self) -> Decision | None:
+        meter = self._meter
+        self._estimate(meter.steps)
+        self._index = max(self._index + 1, self._n * meter.steps // self._total)
+        measurement = self._ranks.mean(meter.read(self._measure()))
+        self._together(self._note_changes_by_hand)
+        progress = np.array([min(meter.steps / self._total, 1.0)])
+        self._history.append(progress, measurement)
+        observation = self._codec.observe(
+            self._history, self._positions, self._last_moves, np.ones_like(self._positions)
+        )
+        seen = tagged(measurement, self._codec.names, observation[0])
+        seen |= {f"knob/{name}": value for name, value in self._written.items()}
+        if self._known_total and self._index >= self._n:
+            self._log.write(seen, meter.steps)
+            return None  # the end: nothing left to decide for
+        action = self._guard.act(observation, measurement.diverged)
+        moved = self._knobs.move(self._positions, action, progress=1 / self._n)
+        moved = self._ranks.gather(moved[0].tolist())[:1]  # the first process decides
+        values = {name: float(v[0]) for name, v in self._knobs.values(moved).items()}
+        previous = dict(self._written)
+        if self.act:
+            self._together(lambda: self._apply(values, moved))
+        suffix = "" if self.act else "_proposed"
+        seen |= {f"knob/{name}{suffix}": value for name, value in values.items()}
+        self._log.write(seen, meter.steps)
+        reason = self._guard.reasons[0]
+        if reason:
+            logger.info("Step %d: %s", meter.steps, reason)
+        return Decision(
+            step=meter.steps,
+            values=values,
+            previous=previous,
+            applied=self.act,
+            vetoed=bool(reason),
+            reason=reason,
+        )
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Does something that may fail in one process, and fails in all of them then."""
+        error: Exception | None = None
+        try:
+            act()
+        except Exception as caught:
+            error = caught
+        self._ranks.require(error)
+
+    def _apply(self, values: dict[str, float], moved: np.ndarray) -> None:
+        for name, value in values.items():
+            if value != self._written[name]:
+                self.adapters[name].write(value)
+                read = self.adapters[name].read()
+                if not _close(read, value):
+                    raise AttachError(f"knob {name!r}: wrote {value:g}, read back {read:g}")
+                self._written[name] = value
+        largest = np.array([knob.max_move for knob in self._knobs.knobs]) / self._n
+        self._last_moves = (moved - self._positions) / largest
+        self._positions = moved
+
+    def _note_changes_by_hand(self) -> None:
+        """Where somebody else moved a knob, the controller goes on from there."""
+        for i, (name, adapter) in enumerate(self.adapters.items()):
+            read = adapter.read()
+            if not _close(read, self._written[name]):
+                logger.info("Knob %r was changed to %g from outside", name, read)
+                self._written[name] = read
+                self._positions[:, i] = self._position_of(self._written)[:, i]
+
+    def _estimate(self, steps: int) -> None:
+        """Doubles an estimated budget that is nearly used up; the past shrinks with it."""
+        while not self._known_total and steps > _FULL * self._total:
+            self._total *= 2
+            self._index //= 2
+            self._history.columns["progress"] /= 2
+
+    def _measure(self) -> dict[str, float | None]:
+        per_step = self._given.tokens_per_step
+        return {
+            "probe_loss": self._probe_loss(),
+            "tokens_seen": None if per_step is None else per_step * self._meter.steps,
+            "unique_tokens": self._given.unique_tokens,
+            "n_parameters": float(self._meter.n_parameters()),
+        }
+
+    def _probe_loss(self) -> float | None:
+        if self._probe is None:
+            return None
+        try:
+            with sealed(self._model, training=False):
+                return float(self._probe())
+        except Exception:
+            if self._strict:
+                raise
+            logger.warning("The probe failed; going on without it", exc_info=True)
+            self._probe = None
+            return None
+
+    def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
+        inside = {
+            knob.name: min(max(values[knob.name], knob.low), knob.high)
+            for knob in self._knobs.knobs
+        }
+        return self._knobs.positions(inside, 1)
+
+    def _arm(self) -> None:
+        """Sets the next control step; the optimizer step that ends in it measures its update."""
+        index = self._index + 1
+        finished = self._known_total and index > self._n
+        self._next = math.inf if finished else round(index * self._total / self._n)
+        self._meter.armed = self._meter.steps + 1 >= self._next and not finished
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
