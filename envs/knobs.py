@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable
 
+from metactl.adapters.optimizer import LearningRateKnob, weight_decay_knob
 from metactl.knobs import Knob, unknown_name
 from models import TransformerConfig
 
 USUAL_KNOBS = ("rope_base", "attention_span", "embedding_width", "dropout")
+OPTIMIZER_KNOBS = ("learning_rate_multiplier", "weight_decay")
 
 
 def knobs_of(
-    shape: TransformerConfig, names: Iterable[str], default_dropout: float
+    shape: TransformerConfig, names: Iterable[str], default_dropout: float, weight_decay: float
 ) -> tuple[Knob, ...]:
     """The named knobs, with the recipe's values as defaults.
 
@@ -19,11 +21,12 @@ def knobs_of(
         shape: The transformer.
         names: Which of them a controller gets.
         default_dropout: Dropout of a run that nobody controls.
+        weight_decay: And its weight decay.
 
     Raises:
         ValueError: For an unknown name, or a knob that this rotation does not have.
     """
-    known = {knob.name: knob for knob in _all_knobs(shape, default_dropout)}
+    known = {knob.name: knob for knob in _all_knobs(shape, default_dropout, weight_decay)}
     rotary = shape.rotary
     missing = {
         "position_scale": None if rotary.positions == "rope" else "positions that turn",
@@ -38,12 +41,16 @@ def knobs_of(
             raise ValueError(
                 f"knob {name!r} needs {missing[name]}, and rotation {shape.rotation!r} has none"
             )
+        if name == "weight_decay" and weight_decay <= 0:
+            raise ValueError("knob 'weight_decay' needs a weight_decay above 0 to start from")
         if name != "rope_base" or rotary.positions == "rope":
             chosen.append(known[name])
     return tuple(chosen)
 
 
-def _all_knobs(shape: TransformerConfig, default_dropout: float) -> tuple[Knob, ...]:
+def _all_knobs(
+    shape: TransformerConfig, default_dropout: float, weight_decay: float
+) -> tuple[Knob, ...]:
     defaults = {
         "rope_base": shape.rope_base,
         "attention_span": float(shape.context),
@@ -54,4 +61,5 @@ def _all_knobs(shape: TransformerConfig, default_dropout: float) -> tuple[Knob, 
         "orthogonality_weight": min(max(shape.rotary.orthogonality_weight, 1e-3), 10.0),
     }
     ranges = shape.knob_ranges()
-    return tuple(Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())
+    of_model = (Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())
+    return (*of_model, LearningRateKnob.knob, weight_decay_knob(max(weight_decay, 1e-4)))

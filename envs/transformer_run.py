@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
-from envs.knobs import USUAL_KNOBS, knobs_of
+from envs.knobs import OPTIMIZER_KNOBS, USUAL_KNOBS, knobs_of
 from envs.tasks import TextFamily, TextTask, load_corpus
 from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
@@ -27,7 +27,7 @@ from models import (
 )
 
 _PROMPT_BYTES = 16  # what a sample continues
-_DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM = 1, 2, 3
+_DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -45,16 +45,17 @@ class RunConfig:
         batch_size: Sequences per optimizer step.
         horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
         unique_bytes: Range of the unique training data, in bytes, drawn log-uniformly.
-        learning_rate: Peak of the schedule (linear warm-up, cosine decay).
+        learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
+            each run draws its own log-uniformly.
         warmup: Share of the horizon spent warming up.
         final_learning_rate: Learning rate at the end, as a share of the peak.
         weight_decay: Decoupled decay of matrices and embeddings.
         max_gradient_norm: Clipping threshold, per replica.
         beta2: Decay of AdamW's second moment.
         default_dropout: Dropout of a run that nobody controls.
-        knobs: What a controller can move; besides the usual four `position_scale`,
-            `rotation_strength` (with Givens rotations) and `orthogonality_weight` (with a free
-            matrix). A base that does not exist is left out.
+        knobs: What a controller can move; besides the usual four `learning_rate_multiplier`,
+            `weight_decay`, `position_scale`, `rotation_strength` (with Givens rotations) and
+            `orthogonality_weight` (with a free matrix). A base that does not exist is left out.
         device: Torch device, such as `"cpu"` or `"cuda"`.
         dtype: `"float32"`, or `"float64"` for exact comparisons.
     """
@@ -69,7 +70,7 @@ class RunConfig:
     batch_size: int = 8
     horizon: int | tuple[int, int] = 400
     unique_bytes: tuple[int, int] = (1_500, 1_000_000)
-    learning_rate: float = 8e-3
+    learning_rate: float | tuple[float, float] = 8e-3
     warmup: float = 0.1
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
@@ -84,7 +85,10 @@ class RunConfig:
         low, high = self.horizon_range
         if not 1 <= low <= high:
             raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
-        for name in ("learning_rate", "batch_size", "max_gradient_norm"):
+        slow, fast = self.learning_rate_range
+        if not 0 < slow <= fast < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for name in ("batch_size", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
@@ -96,9 +100,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        knobs_of(
-            self.transformer(), self.knobs, self.default_dropout
-        )  # refuses shapes and knobs that do not fit together
+        self.chosen_knobs()  # refuses shapes and knobs that do not fit together
         try:
             torch.device(self.device)
         except RuntimeError as error:
@@ -111,6 +113,14 @@ class RunConfig:
     @property
     def horizon_range(self) -> tuple[int, int]:
         return (self.horizon,) * 2 if isinstance(self.horizon, int) else self.horizon
+
+    @property
+    def learning_rate_range(self) -> tuple[float, float]:
+        rate = self.learning_rate
+        return rate if isinstance(rate, tuple) else (rate, rate)
+
+    def chosen_knobs(self) -> tuple[Knob, ...]:
+        return knobs_of(self.transformer(), self.knobs, self.default_dropout, self.weight_decay)
 
     def transformer(self) -> TransformerConfig:
         return TransformerConfig(
@@ -147,12 +157,9 @@ class AdaptiveTransformerRun(TrainingRun):
         self.optimizer = ReplicatedAdamW(
             self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm
         )
-        self._weight_decay = torch.full(
-            (n_runs,), config.weight_decay, dtype=torch.float64, device=self.device
-        )
         self.family = TextFamily(load_corpus(config.data), config.context, config.unique_bytes)
         self._text = torch.from_numpy(self.family.corpus.data.copy()).to(self.device)
-        self._knobs = knobs_of(shape, config.knobs, config.default_dropout)
+        self._knobs = config.chosen_knobs()
         self._allocate_rows()
         self.draw_horizon(0)
 
@@ -169,6 +176,9 @@ class AdaptiveTransformerRun(TrainingRun):
             "train_bytes": integers() + window,
             "probe": integers(PROBE_SEQUENCES, window),
             "test": integers(TEST_SEQUENCES, window),
+            "peak": integers(dtype=torch.float64),
+            "learning_rate_multiplier": integers(dtype=torch.float64),
+            "weight_decay": integers(dtype=torch.float64),
             "flops": integers(dtype=torch.float64),
             "diverged": integers(dtype=torch.bool),
         }
@@ -193,6 +203,7 @@ class AdaptiveTransformerRun(TrainingRun):
         window = torch.arange(self.config.context + 1, device=self.device)
         for row, task, seed in zip(rows, tasks, seeds, strict=True):
             self._rows["seed"][row] = seed
+            self._rows["peak"][row] = self._drawn_peak(seed)
             self._rows["train_start"][row] = task.train_start
             self._rows["train_bytes"][row] = task.train_bytes
             for split in ("probe", "test"):
@@ -204,12 +215,31 @@ class AdaptiveTransformerRun(TrainingRun):
         weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
         self.model.initialise(rows, weight_seeds)
         self.optimizer.reset_rows(rows)
-        defaults = {"dropout": self.config.default_dropout}
-        self.model.set_knobs(defaults | {knob.name: knob.default for knob in self._knobs}, rows)
+        self._set_knobs(
+            {
+                "dropout": self.config.default_dropout,
+                "learning_rate_multiplier": 1.0,
+                "weight_decay": self.config.weight_decay,
+                **{knob.name: knob.default for knob in self._knobs},
+            },
+            rows,
+        )
         self.model.knobs.settle_gates(rows)
 
+    def _drawn_peak(self, seed: int) -> float:
+        low, high = self.config.learning_rate_range
+        rng = np.random.default_rng([seed, _RATE_STREAM])
+        return low * (high / low) ** rng.uniform()
+
+    def _set_knobs(self, values: Mapping[str, Any], rows: Sequence[int]) -> None:
+        for name in set(OPTIMIZER_KNOBS) & set(values):
+            value = torch.as_tensor(values[name], dtype=torch.float64, device=self.device)
+            self._rows[name][list(rows)] = value
+        rest = {name: v for name, v in values.items() if name not in OPTIMIZER_KNOBS}
+        self.model.set_knobs(rest, rows)
+
     def apply(self, values: Mapping[str, FloatArray]) -> None:
-        self.model.set_knobs(values)
+        self._set_knobs(values, range(self.n_runs))
         self.model.knobs.settle_gates(
             np.flatnonzero(self._rows["step"].cpu().numpy() == 0).tolist()
         )
@@ -266,7 +296,10 @@ class AdaptiveTransformerRun(TrainingRun):
         loss = cross_entropy(logits, tokens[..., 1:])
         (loss.sum() + self.model.penalty().sum()).backward()
         norm, ratios = self.optimizer.step(
-            self._learning_rate(), self._weight_decay, self.model.knobs.gates > 0, measure=measure
+            self._learning_rate(),
+            self._rows["weight_decay"],
+            self.model.knobs.gates > 0,
+            measure=measure,
         )
         self._rows["step"] += 1
         return loss.detach(), norm, ratios
@@ -285,14 +318,14 @@ class AdaptiveTransformerRun(TrainingRun):
         return windows.index_select(0, starts.flatten()).long().view(self.n_runs, -1, window)
 
     def _learning_rate(self) -> Tensor:
-        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak."""
+        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak; multiplied."""
         config = self.config
         progress = self._rows["step"].double() / self.horizon
         warm = ((self._rows["step"] + 1) / max(1.0, config.warmup * self.horizon)).clamp(max=1)
         phase = ((progress - config.warmup) / (1 - config.warmup)).clamp(0, 1)
         low = config.final_learning_rate
         decay = low + (1 - low) * (1 + torch.cos(math.pi * phase)) / 2
-        return config.learning_rate * warm * decay
+        return self._rows["peak"] * self._rows["learning_rate_multiplier"] * warm * decay
 
     @torch.no_grad()
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:

@@ -13,6 +13,12 @@ _INITIAL = "initial_weight_decay"
 _OWN = (_KEY, _INITIAL)
 
 
+def weight_decay_knob(default: float) -> Knob:
+    """The knob of a run whose weight decay is `default`, above 0."""
+    low, high = min(1e-4, default), max(1.0, default)
+    return Knob(name="weight_decay", low=low, high=high, default=default, scale="log2")
+
+
 class LearningRateKnob(KnobAdapter):
     """Multiplies the learning rate of every group, beside whatever schedule sets it.
 
@@ -102,8 +108,7 @@ class WeightDecayKnob(KnobAdapter):
             raise AttachError("no group of the optimizer has a weight decay above 0")
         for group, first in zip(groups, self._first, strict=True):
             group[_INITIAL] = first
-        low, high = min(1e-4, default), max(1.0, default)
-        self.knob = Knob(name="weight_decay", low=low, high=high, default=default, scale="log2")
+        self.knob = weight_decay_knob(default)
 
     def read(self) -> float:
         return float(self.optimizer.param_groups[self._lead]["weight_decay"])

@@ -311,6 +311,31 @@ def test_without_warm_up_the_first_step_is_at_the_peak(start):
     assert run._learning_rate().item() == pytest.approx(0.25)
 
 
+def test_each_run_draws_its_peak_log_uniformly_from_a_range(start):
+    seeds = list(range(400, 464))
+    run = start(seeds, warmup=0.0, learning_rate=(1e-3, 4e-3))
+    rates = run._learning_rate().numpy()
+    assert (rates.min() > 1e-3, rates.max() < 4e-3) == (True, True)
+    assert np.median(rates) == pytest.approx(2e-3, rel=0.15)
+    assert start(seeds[5:6], warmup=0.0, learning_rate=(1e-3, 4e-3))._learning_rate() == rates[5]
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "default", "options"),
+    [
+        ("learning_rate_multiplier", 2.0, 1.0, {"learning_rate": 4e-3}),
+        ("weight_decay", 0.5, 0.1, {"weight_decay": 0.5}),
+    ],
+)
+def test_an_optimizer_knob_does_what_the_option_does(start, knob, value, default, options):
+    recipe = {"learning_rate": 2e-3, "weight_decay": 0.1}
+    by_knob, by_option = start(SEEDS, knobs=(knob,), **recipe), start(SEEDS, **recipe | options)
+    by_knob.apply({knob: np.full(3, value)})
+    assert np.array_equal(by_knob.advance(5).train_loss, by_option.advance(5).train_loss)
+    by_knob.reset([0], [by_knob.sample_task(1)], [1])
+    assert by_knob._rows[knob].tolist() == [default, value, value]
+
+
 def test_untouched_knobs_leave_the_run_bit_identical(start):
     left, held = start(SEEDS), start(SEEDS)
     knobs = KnobSet(held.knobs)
@@ -400,6 +425,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         ({"horizon": (5, 2)}, ("horizon", "(5, 2)")),
         ({"learning_rate": 0.0}, ("learning_rate", "0.0")),
         ({"learning_rate": float("nan")}, ("learning_rate", "nan")),
+        ({"learning_rate": (2e-3, 1e-3)}, ("learning_rate", "(0.002, 0.001)")),
+        ({"weight_decay": 0.0, "knobs": ("weight_decay",)}, ("weight_decay", "above 0")),
         ({"batch_size": 0}, ("batch_size", "0")),
         ({"warmup": 1.0}, ("warmup", "1.0")),
         ({"dtype": "float16"}, ("dtype", "float16")),
