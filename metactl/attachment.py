@@ -195,7 +195,9 @@ class Attachment:
         meter = self._meter
         self._estimate(meter.steps)
         self._index = max(self._index + 1, self._n * meter.steps // self._total)
-        measurement = self._ranks.mean(meter.read(self._measure()))
+        known: dict[str, float | None] = {}
+        self._together(lambda: known.update(self._measure()))
+        measurement = self._ranks.mean(meter.read(known))
         self._together(self._note_changes_by_hand)
         progress = np.array([min(meter.steps / self._total, 1.0)])
         self._history.append(progress, measurement)

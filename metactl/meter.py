@@ -160,7 +160,11 @@ class Meter:
         if not dense:
             return None
         norms = torch._foreach_norm(dense)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(self._sums) for n in norms]))
+        parts = [n.to(self._sums) for n in norms if not _is_sharded(n)]
+        sharded = [n for n in norms if _is_sharded(n)]
+        if sharded:  # one exchange between the processes
+            parts.append(_whole(torch.linalg.vector_norm(torch.stack(sharded))).to(self._sums))
+        norm = torch.linalg.vector_norm(torch.stack(parts))
         scale = getattr(self.optimizer, "grad_scale", None)  # a scaler that unscales in the step
         return norm if scale is None else norm / scale.to(norm)
 
@@ -171,8 +175,7 @@ class Meter:
         if self._before is None:
             return
         ratios = [
-            torch.linalg.vector_norm(now.detach() - before).to(self._sums)
-            / torch.linalg.vector_norm(before).to(self._sums)
+            self._size(now.detach() - before) / self._size(before)
             for now, before in zip(self._parameters(), self._before, strict=True)
         ]
         self._before = None
@@ -180,6 +183,18 @@ class Meter:
         # A tensor that was 0 has no ratio; indexing by a mask would wait for the device.
         known = torch.where(torch.isfinite(stacked), stacked, torch.nan)
         self._ratios = torch.stack((known.nanmedian(), known.nan_to_num(0.0).max()))
+
+    def _size(self, tensor: Tensor) -> Tensor:
+        return _whole(torch.linalg.vector_norm(tensor)).to(self._sums)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process has a part (FSDP's DTensor), put together."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _row(value: float | None) -> FloatArray | None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from metactl.adapters.base import AttachError
 
+_FLAT = "FullyShardedDataParallel"  # the first generation
+
 
 def check_attachment(
     model: nn.Module,
@@ -23,6 +25,11 @@ def check_attachment(
         raise AttachError(
             f"optimizer must be a torch optimizer, got {type(optimizer).__name__}; "
             f"of a wrapper, give the optimizer inside"
+        )
+    if any(type(module).__name__ == _FLAT for module in model.modules()):
+        raise AttachError(
+            f"{_FLAT} keeps parameters in flat pieces, of which no norm can be told; "
+            f"shard by torch.distributed.fsdp.fully_shard"
         )
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in trained and p.requires_grad for p in model.parameters()):

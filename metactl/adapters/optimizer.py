@@ -70,7 +70,8 @@ class LearningRateKnob(KnobAdapter):
             raise AttachError("the optimizer's update is not reproducible")
 
     def _multiply(self) -> None:
-        self._kept = []
+        if self._kept:  # the step before raised
+            self._return()
         for group in self.optimizer.param_groups:
             rate, factor = group["lr"], group.get(_KEY, 1.0)
             if isinstance(rate, Tensor):  # in place: a captured graph reads this very tensor
@@ -86,6 +87,7 @@ class LearningRateKnob(KnobAdapter):
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
+        self._kept = []
 
 
 class WeightDecayKnob(KnobAdapter):

@@ -11,6 +11,7 @@ from torch import nn
 from metactl import AttachError
 from metactl.adapters import find_adapters
 from metactl.adapters.dropout import DropoutKnob
+from metactl.adapters.optimizer import LearningRateKnob
 from metactl.adapters.rope import RopeBaseKnob
 from metactl.adapters.trial import make_trial, sealed
 
@@ -183,3 +184,24 @@ def test_what_happens_sealed_leaves_no_trace():
     assert (model[0].training, model[1].training) == (True, False)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_a_step_that_raised_does_not_leave_the_rate_multiplied():
+    class Interrupted(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = Interrupted([weight], lr=0.5)
+    LearningRateKnob(optimizer).write(2.0)
+    weight.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    Interrupted.fails = False
+    optimizer.step()
+    assert weight.item() == -1.0
+    assert optimizer.param_groups[0]["lr"] == 0.5

@@ -7,20 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from metactl import AttachError, Controller
+from metactl.controllers import RandomMoves
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch, torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from metactl import Controller, FunctionKnob, Knob
 from metactl.controllers import RandomMoves
 
-rank, store, broken = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "broken"
+rank, store, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+broken, sharded = kind == "broken", kind == "sharded"
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
-model = nn.parallel.DistributedDataParallel(
-    nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
-)
+model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
+if sharded:
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+else:
+    model = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 state = {"value": 0.5, "writes": 0}
 
@@ -51,20 +60,21 @@ for _ in range(20):
     decision = controller.step(loss)
     if decision is not None:
         values.append(decision.values)
-weights, mode = [p.tolist() for p in model.parameters()], controller.mode
+whole = [p.full_tensor() if sharded else p for p in model.parameters()]
+weights, mode = [p.tolist() for p in whole], controller.mode
 controller.detach(restore=False)
 print(json.dumps({"losses": losses, "values": values, "weights": weights, "mode": mode,
-                  "dropout": model.module[1].p, "logged": logged}), flush=True)
+                  "dropout": (model if sharded else model.module)[1].p, "logged": logged}))
+sys.stdout.flush()
 dist.barrier()
-del model
-dist.destroy_process_group()  # else gloo's threads may outlive the interpreter and abort it
+os._exit(0)  # gloo's threads may outlive an interpreter that ends, and abort it
 """
 
 
 def both(tmp_path: Path, kind: str) -> list[dict]:
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store"), kind],
+            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / f"store-{kind}"), kind],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -88,6 +98,29 @@ def test_all_processes_see_the_mean_and_apply_what_the_first_decides(tmp_path):
     seen = [value for tag, value, _ in first["logged"] if tag == "train/loss"]
     means = np.array([first["losses"], second["losses"]]).reshape(2, 5, 4).mean(axis=(0, 2))
     assert seen == pytest.approx(means.tolist(), rel=1e-5)
+
+
+def test_sharded_parameters_are_measured_as_a_whole(tmp_path):
+    replicated, _ = both(tmp_path, "sound")
+    first, second = both(tmp_path, "sharded")
+    assert first["values"] == second["values"] == replicated["values"]
+    for ours, theirs in zip(first["weights"], replicated["weights"], strict=True):
+        assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    seen, expected = ({(t, s): v for t, v, s in run["logged"]} for run in (first, replicated))
+    assert seen.keys() == expected.keys()
+    assert {"train/gradient_norm", "train/update_ratio"} <= {tag for tag, _ in seen}
+    for key, value in expected.items():
+        assert seen[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_the_first_generation_of_sharding_is_refused_in_words():
+    class FullyShardedDataParallel(torch.nn.Linear):
+        """By its name."""
+
+    model = FullyShardedDataParallel(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(AttachError, match=r"flat pieces.*fully_shard"):
+        Controller(RandomMoves(0)).attach(model, optimizer)
 
 
 def test_a_knob_that_fails_in_one_process_is_off_in_both_and_training_ends(tmp_path):
