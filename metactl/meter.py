@@ -36,6 +36,7 @@ class Meter:
         self.optimizer = optimizer
         self.steps, self.armed = 0, False
         self._since_step, self._warned = 0, False
+        self._open = False  # between the hooks of a step; a subclass's may call its parent's
         self._last: Tensor | None = None  # what the step just taken added to the norms
         self._before: list[Tensor] | None = None
         self._ratios: Tensor | None = None  # median and maximum
@@ -147,6 +148,9 @@ class Meter:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if self._open and self._last is not None:  # a step within a step, or after one that raised
+            self._sums[3:] -= self._last
+        self._open = True
         norm = self._gradient_norm()
         # Without a gradient yet, a closure makes it after this hook: the caller may know its norm.
         self._last = torch.zeros_like(self._sums[3:]) if norm is None else self._counted(norm)
@@ -170,6 +174,9 @@ class Meter:
 
     @torch.no_grad()
     def _after_step(self) -> None:
+        if not self._open:
+            return
+        self._open = False
         self.steps += 1
         self._since_step = 0
         if self._before is None:

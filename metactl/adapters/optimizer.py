@@ -70,8 +70,7 @@ class LearningRateKnob(KnobAdapter):
             raise AttachError("the optimizer's update is not reproducible")
 
     def _multiply(self) -> None:
-        if self._kept:  # the step before raised
-            self._return()
+        self._return()  # where the step before raised, or this one is within another
         for group in self.optimizer.param_groups:
             rate, factor = group["lr"], group.get(_KEY, 1.0)
             if isinstance(rate, Tensor):  # in place: a captured graph reads this very tensor
@@ -82,7 +81,7 @@ class LearningRateKnob(KnobAdapter):
                 group["lr"] = rate * factor
 
     def _return(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._kept, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self._kept, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].copy_(rate)
             else:

@@ -13,7 +13,9 @@ from torch import nn
 import metactl.adapters.base
 import metactl.attach
 from metactl import AttachError, Controller, FunctionKnob, Knob
+from metactl.adapters.optimizer import LearningRateKnob
 from metactl.controllers import BaseController, RandomMoves, Static
+from metactl.meter import Meter
 
 STEPS, N = 24, 6
 
@@ -404,3 +406,22 @@ def test_losses_without_optimizer_steps_warn_once(caplog):
 def test_the_examples_in_the_docstrings_run(module):
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)
+
+
+def test_a_step_that_calls_its_parents_step_counts_once():
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    torch.optim.SGD([weight], lr=0.1)  # from now on the parent's step runs hooks of its own
+    optimizer = Own([weight], lr=0.5)
+    meter, rate = Meter(optimizer), LearningRateKnob(optimizer)
+    rate.write(2.0)
+    for _ in range(3):
+        weight.grad = torch.tensor([3.0, 4.0])
+        optimizer.step()
+    meter.add_loss(1.0)
+    assert meter.steps == 3
+    assert meter.read({}).gradient_norm == pytest.approx([5.0])
+    assert weight.tolist() == [-9.0, -12.0]
