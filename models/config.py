@@ -131,10 +131,19 @@ class TransformerConfig:
         return max(1.0, self.context / 8) if self.span_ramp is None else self.span_ramp
 
     def knob_ranges(self) -> dict[str, dict[str, Any]]:
-        """Where a controller may move each knob: the fields of a `Knob`, all but its default."""
+        """Where a controller may move each knob: the fields of a `Knob`, all but its default.
+
+        A base of a quarter of the context is the smallest: then the slowest pair, whose wavelength
+        is 2 pi times the base, just does not come round within the context.
+        """
         levels = self.width_levels
         return {
-            "rope_base": {"low": 4.0, "high": 1e6, "scale": "log2", "unit": "base"},
+            "rope_base": {
+                "low": min(max(self.context / 4, 4.0), self.rope_base),
+                "high": max(1e6, self.rope_base),
+                "scale": "log2",
+                "unit": "base",
+            },
             "attention_span": {
                 "low": min(4.0, self.context / 2),
                 "high": float(self.context),

@@ -34,9 +34,10 @@ def _makers(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any) ->
         return makers | {
             name: partial(AdaptiveKnob, name, model, trial, optimizer) for name in ADAPTIVE_KNOBS
         }
+    longest = length_of(example)
     return makers | {
-        "rope_base": lambda: RopeBaseKnob(model, trial),
-        "attention_span": lambda: AttentionSpanKnob(model, trial, length_of(example)),
+        "rope_base": lambda: RopeBaseKnob(model, trial, longest),
+        "attention_span": lambda: AttentionSpanKnob(model, trial, longest),
         "dropout": lambda: DropoutKnob(model, trial),
     }
 

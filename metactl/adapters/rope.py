@@ -20,12 +20,18 @@ class RopeBaseKnob(ModelKnob):
     reloaded model makes them from there. Where layer types have bases of their own, that of the
     full attention moves.
 
+    The smallest base is a quarter of the longest sequence: then the slowest pair, whose wavelength
+    is 2 pi times the base, just does not come round within it.
+
     Args:
         model: The model.
         trial: Computes the model's output in the given mode.
+        longest: Longest sequence in tokens; without it, what the config allows.
     """
 
-    def __init__(self, model: nn.Module, trial: Callable[[bool], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, trial: Callable[[bool], Tensor], longest: int | None = None
+    ) -> None:
         super().__init__(model, lambda: trial(False))
         inner = unwrapped(model)
         self._rotaries = [m for m in inner.modules() if _buffers(m) and hasattr(m, "config")]
@@ -40,9 +46,11 @@ class RopeBaseKnob(ModelKnob):
             (buffer, buffer.detach().clone()) for m in self._rotaries for buffer in _buffers(m)
         ]
         base = float(self._first)
+        limit = getattr(self._rotaries[0].config, "max_position_embeddings", None)
+        lengths = [float(length) for length in (longest, limit) if length]
         self.knob = Knob(
             name="rope_base",
-            low=min(4.0, base),
+            low=min(max(min(lengths, default=0.0) / 4, 4.0), base),
             high=max(1e6, base),
             default=base,
             scale="log2",
