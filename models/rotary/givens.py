@@ -1,5 +1,6 @@
 """Orthogonal matrices as products of Givens rotations in fixed, disjoint pairs of dimensions."""
 
+import functools
 from typing import Any
 
 import torch
@@ -54,15 +55,36 @@ def givens_product(
     In each round a pair (i < j) is turned counter-clockwise: x_i' = x_i cos - x_j sin,
     x_j' = x_i sin + x_j cos.
     """
-    own = torch.arange(partner.shape[1], device=partner.device)
-    first = own < partner
-    pair = torch.cumsum(first, dim=1) - 1
-    pair = torch.where(first, pair, pair.gather(1, partner))
-    angle = at_least_float32(angles).gather(-1, pair.expand(*angles.shape[:-1], len(own)))
-    sine = angle.sin() * torch.where(first, 1.0, -1.0).to(angle)
-    multiply = product_by_pairs if angle.is_cuda else _Reversible.apply
-    product: Tensor = multiply(angle.cos(), sine, partner)
+    return multiplied(at_least_float32(angles), partner, *pairs_of(partner))
+
+
+def multiplied(
+    angles: Float[Tensor, "*batch round pair"],
+    partner: Int[Tensor, "round dim"],
+    pair: Int[Tensor, "round dim"],
+    sign: Int[Tensor, "round dim"],
+) -> Float[Tensor, "*batch dim dim"]:
+    """`givens_product`, given what `pairs_of` says."""
+    sign = sign.to(angles)
+    if angles.is_cuda:
+        return product_by_pairs(*_of_rows(angles, pair, sign), partner)
+    product: Tensor = _Reversible.apply(angles, partner, pair, sign)
     return product
+
+
+def pairs_of(
+    partner: Int[Tensor, "round dim"],
+) -> tuple[Int[Tensor, "round dim"], Int[Tensor, "round dim"]]:
+    """The pair that each dimension is in, and 1 for its first dimension, -1 for its second."""
+    first = torch.arange(partner.shape[1], device=partner.device) < partner
+    pair = torch.cumsum(first, dim=1) - 1
+    return torch.where(first, pair, pair.gather(1, partner)), 2 * first.long() - 1
+
+
+def _of_rows(angles: Tensor, pair: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every dimension's turn, `[*batch, round, dim]`."""
+    angle = angles.gather(-1, pair.expand(*angles.shape[:-2], *pair.shape))
+    return angle.cos(), angle.sin().mul(sign)
 
 
 def product_by_pairs(
@@ -88,37 +110,34 @@ def product_by_pairs(
 class _Reversible(torch.autograd.Function):
     """The same round by round, a few passes over the matrix each, for a CPU.
 
-    Nothing is stored between rounds: going back, each round is undone by its transpose.
+    Nothing is stored between rounds. Going back, each round is undone by its transpose, for the
+    product and its gradient in one; an angle's gradient is that of a quarter turn of its pair.
     """
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
-        dim = partner.shape[1]
-        eye = torch.eye(dim, dtype=cosine.dtype, device=cosine.device)
-        product = eye.expand(*cosine.shape[:-2], dim, dim)
+    def forward(ctx: Any, angles: Tensor, partner: Tensor, pair: Tensor, sign: Tensor) -> Tensor:
+        cosine, sine = (x[..., None] for x in _of_rows(angles, pair, sign))
+        product = torch.eye(partner.shape[1], dtype=angles.dtype, device=angles.device)
+        product = product.expand(*angles.shape[:-2], *product.shape)
         for r in reversed(range(len(partner))):
-            product = _turned_rows(product, cosine[..., r, :], sine[..., r, :], partner[r])
-        ctx.save_for_backward(cosine, sine, partner, product)
+            swapped = product.index_select(-2, partner[r])
+            product = (product * cosine.select(-3, r)).addcmul_(swapped, sine.select(-3, r))
+        ctx.save_for_backward(cosine, sine, partner, pair, sign, product)
         return product
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        cosine, sine, partner, product = ctx.saved_tensors
-        grad = grads[0]
-        for_cosine, for_sine = torch.empty_like(cosine), torch.empty_like(sine)
-        for r, swap in enumerate(partner):
-            c, s = cosine[..., r, :], sine[..., r, :]
-            product = _turned_rows(product, c, -s, swap)
-            for_cosine[..., r, :] = (grad * product).sum(-1)
-            for_sine[..., r, :] = (grad * product.index_select(-2, swap)).sum(-1)
-            grad = _turned_rows(grad, c, -s, swap)
-        return for_cosine, for_sine, None
-
-
-def _turned_rows(x: Tensor, cosine: Tensor, sine: Tensor, partner: Tensor) -> Tensor:
-    """Rows of x turned with their partners: `cosine * x + sine * x[partner]`."""
-    turned = x * cosine[..., None]
-    return turned.addcmul_(x.index_select(-2, partner), sine[..., None])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cosine, sine, partner, pair, sign, product = ctx.saved_tensors
+        both = torch.stack((product, grads[0]))
+        of_rows = torch.empty_like(cosine[..., 0])
+        for r in range(len(partner)):
+            swapped = both.index_select(-2, partner[r])
+            torch.sum(both[1] * swapped[0], -1, out=of_rows.select(-2, r))
+            both.mul_(cosine.select(-3, r)).addcmul_(swapped, sine.select(-3, r), value=-1)
+        of_rows.mul_(sign)
+        of_pairs = of_rows.new_zeros(*of_rows.shape[:-1], pair.shape[1] // 2)
+        of_pairs.scatter_add_(-1, pair.expand_as(of_rows), of_rows)
+        return of_pairs, None, None, None
 
 
 class GivensRotations(Component):
@@ -133,11 +152,15 @@ class GivensRotations(Component):
 
     angles: Tensor
     partner: Tensor
+    pair: Tensor
+    sign: Tensor
 
     def __init__(self, shape: Shape, schedule: str, n_rotations: int, n_layers: int) -> None:
         super().__init__()
-        table = partners(schedule, shape.head_dim).to(shape.device)
-        self.register_buffer("partner", table, persistent=False)
+        table = partners(schedule, shape.head_dim)
+        tables = (table, *pairs_of(table))
+        for name, values in zip(("partner", "pair", "sign"), tables, strict=True):
+            self.register_buffer(name, values.to(shape.device), persistent=False)
         self.add(
             "angles",
             shape,
@@ -160,5 +183,5 @@ class GivensRotations(Component):
         """Matrices to be applied as x @ G; `strength` multiplies every angle."""
         angles = at_least_float32(self.angles)
         angles = angles * strength.to(angles).view(-1, 1, 1, 1, 1, 1)
-        n_rotations = angles.shape[3]
-        return givens_product(angles.flatten(3, 4), self.partner.repeat(n_rotations, 1))
+        products = multiplied(angles, self.partner, self.pair, self.sign).unbind(3)
+        return functools.reduce(torch.matmul, products)

@@ -9,6 +9,9 @@ from torch import Tensor
 from models.rotary.component import Component, Shape, draw
 from models.rotary.pairs import at_least_float32
 
+_TAYLOR_8 = {torch.float32: (0.58, 4.0), torch.float64: (0.0499, 8.0)}  # norm, usual squarings
+_BLOCKS = torch.tensor([1 / math.factorial(k) for k in range(9)], dtype=torch.float64).view(3, 3)
+
 PARAMETRISATIONS = ("free", "cayley", "exp", "householder")
 
 
@@ -27,7 +30,33 @@ def cayley(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim
 
 def exponential(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
     """exp(A): every rotation."""
-    return torch.linalg.matrix_exp(skew(weight))
+    a = skew(weight)
+    return torch.linalg.matrix_exp(a) if a.is_cuda else _scaled_and_squared(a)
+
+
+def _scaled_and_squared(a: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """exp(A) by the Taylor polynomial of degree 8 of A / 2^s, squared s times.
+
+    For many small matrices on a CPU faster than `torch.linalg.matrix_exp`, which sorts them by
+    norm. The bounds on the norm are those of arXiv 1710.10989; s depends on the matrix alone, so
+    that its neighbours do not change its last bit.
+    """
+    bound, usual = _TAYLOR_8[a.dtype]
+    norm = a.detach().abs().sum(dim=-1).amax(dim=-1)
+    squarings = (norm / bound).log2().ceil().clamp(min=usual).nan_to_num(usual, usual, usual)
+    dim = a.shape[-1]
+    flat = (a * torch.exp2(-squarings)[..., None, None]).reshape(-1, dim, dim)
+    squared = torch.bmm(flat, flat)
+    eye = torch.eye(dim, dtype=a.dtype, device=a.device).expand_as(flat)
+    powers = torch.stack((eye, flat, squared)).view(3, -1)
+    low, middle, high = (_BLOCKS.to(powers) @ powers).view(3, *flat.shape)
+    cube = torch.bmm(squared, flat)
+    result = torch.baddbmm(low, cube, torch.baddbmm(middle, cube, high))
+    for k in range(int(squarings.max())):
+        again = torch.bmm(result, result)
+        done = squarings.flatten()[:, None, None] <= k
+        result = again if k < usual else torch.where(done, result, again)
+    return result.view(a.shape)
 
 
 def householder(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
@@ -35,11 +64,11 @@ def householder(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batc
 
     By the compact form I - V T V^T, T^-1 = striu(V^T V) + diag(V^T V) / 2 (Joffrain et al. 2006).
     """
-    v = weight / weight.norm(dim=-2, keepdim=True)
-    gram = v.transpose(-2, -1) @ v
-    inverse = gram.triu(1) + 0.5 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
-    solved = torch.linalg.solve_triangular(inverse, v.transpose(-2, -1), upper=True)
-    return torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) - v @ solved
+    gram = weight.transpose(-2, -1) @ weight
+    inverse = gram.triu() - 0.5 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    solved = torch.linalg.solve_triangular(inverse, weight.transpose(-2, -1), upper=True)
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    return eye - weight @ solved
 
 
 _MAPS = {

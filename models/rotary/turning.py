@@ -1,6 +1,7 @@
 """How one forward pass, and in it one layer, turns queries, keys and values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,23 +56,54 @@ def fold(
     n_heads: int,
 ) -> Float[Tensor, "replica channel three_heads_dim"]:
     """The joint projection of queries, keys and values with the static matrices multiplied in."""
-    query, key = rotary.query_matrix, rotary.key_matrix
-    if query is None and key is None:
-        return weight
-    parts = weight.unflatten(2, (3, n_heads, -1))
-    if query is key:  # both in one product
-        turned = [_times(parts[:, :, :2], query, layer)]
+    if rotary.query_matrix is rotary.key_matrix:
+        places = [(rotary.query_matrix, slice(0, 2))]  # both in one product
     else:
-        turned = [_times(parts[:, :, :1], query, layer), _times(parts[:, :, 1:2], key, layer)]
-    return torch.cat((*turned, parts[:, :, 2:]), dim=2).flatten(2)
+        places = [(rotary.query_matrix, slice(0, 1)), (rotary.key_matrix, slice(1, 2))]
+    for matrices, parts in places:
+        matrix = layer_heads(matrices, layer, n_heads)
+        if matrix is not None:
+            weight = _Multiplied.apply(weight, matrix.to(weight.dtype), parts)
+    return weight
 
 
-def _times(parts: Tensor, matrices: Tensor | None, layer: int) -> Tensor:
-    """Projections `[replica, channel, part, head, dim]` times one layer's matrix of each head."""
-    matrix = layer_heads(matrices, layer, parts.shape[3])
-    if matrix is None:
-        return parts
-    return torch.einsum("ncphi,nhij->ncphj", parts, matrix.to(parts.dtype))
+class _Multiplied(torch.autograd.Function):
+    """A joint projection, some of whose parts are multiplied by a matrix of each head.
+
+    What autograd would make of it costs a small model more than the product itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, matrix: Tensor, parts: slice) -> Tensor:
+        ctx.parts = parts
+        heads = matrix.shape[1]
+        rows = _rows_of_heads(weight, heads, parts)
+        ctx.save_for_backward(rows, matrix)
+        return _with_rows(weight, torch.bmm(rows, matrix.flatten(0, 1)), heads, parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, matrix = ctx.saved_tensors
+        heads = matrix.shape[1]
+        grad = _rows_of_heads(grads[0], heads, ctx.parts)
+        for_matrix = torch.bmm(rows.transpose(1, 2), grad).view(matrix.shape)
+        back = torch.bmm(grad, matrix.flatten(0, 1).transpose(1, 2))
+        return _with_rows(grads[0], back, heads, ctx.parts), for_matrix, None
+
+
+def _rows_of_heads(weight: Tensor, heads: int, parts: slice) -> Tensor:
+    """Some of queries, keys and values: `[replica * head, channel * part, dim]`."""
+    chosen = weight.unflatten(2, (3, heads, -1))[:, :, parts]
+    return chosen.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+
+
+def _with_rows(weight: Tensor, rows: Tensor, heads: int, parts: slice) -> Tensor:
+    """A copy of the weight with such rows put in place."""
+    copy = weight.clone(memory_format=torch.contiguous_format)
+    target = copy.view(*weight.shape[:2], 3, heads, -1)[:, :, parts]
+    n, channels, n_parts = target.shape[:3]
+    target.copy_(rows.view(n, heads, channels, n_parts, -1).permute(0, 2, 3, 1, 4))
+    return copy
 
 
 class LayerTurn:

@@ -312,6 +312,32 @@ def by_torch(weight, name):
     return linear.weight
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0, 30.0])
+def test_the_exponential_is_that_of_torch_with_its_gradient(scale):
+    weight = (scale * normal(2, 3, DIM, DIM)).requires_grad_()
+    direction = normal(2, 3, DIM, DIM)
+    lower = weight.tril(-1)
+    results = []
+    for value in (
+        exponential(weight),
+        torch.linalg.matrix_exp(lower - lower.transpose(-2, -1)),
+    ):
+        (gradient,) = torch.autograd.grad((value * direction).sum(), weight, retain_graph=True)
+        results.append((value, gradient))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_an_exponential_depends_on_no_neighbour_and_lets_nan_pass():
+    weight = normal(3, DIM, DIM).float()
+    weight[1] *= 100
+    weight[2] = float("nan")
+    together = exponential(weight)
+    assert torch.equal(together[0], exponential(weight[:1])[0])
+    assert torch.isfinite(together[1]).all()
+    assert together[2].isnan().all()
+
+
 def test_orthogonal_maps_are_those_of_torch():
     weight = normal(DIM, DIM)
     lower = weight.tril(-1)  # torch reads the diagonal too

@@ -207,19 +207,20 @@ def test_round_robin_angles_span_all_rotations_at_the_identity():
 
 @pytest.mark.parametrize("schedule", ["round_robin", "butterfly"])
 def test_the_reversible_product_is_the_one_by_pairs_with_its_gradients(schedule):
-    from models.rotary.givens import _Reversible, partners, product_by_pairs
+    from models.rotary.givens import givens_product, pairs_of, partners, product_by_pairs
 
     table = partners(schedule, 8).repeat(2, 1)
-    angles = torch.linspace(-2, 2, 3 * len(table) * 8, dtype=torch.float64)
-    angles = angles.view(3, len(table), 8).requires_grad_()
-    first = torch.arange(8) < table
-    own = torch.where(first, angles, angles.gather(2, table.expand(3, -1, -1)))
-    cosine, sine = own.cos(), own.sin() * torch.where(first, 1.0, -1.0)
+    angles = torch.linspace(-2, 2, 3 * len(table) * 4, dtype=torch.float64)
+    angles = angles.view(3, len(table), 4).requires_grad_()
+    pair, sign = pairs_of(table)
+    own = angles.gather(2, pair.expand(3, -1, -1))
     weight = torch.linspace(-1, 1, 3 * 64, dtype=torch.float64).view(3, 8, 8)
     results = []
-    for multiply in (_Reversible.apply, product_by_pairs):
-        product = multiply(cosine, sine, table)
-        (gradient,) = torch.autograd.grad((product * weight).sum(), angles, retain_graph=True)
+    for product in (
+        givens_product(angles, table),
+        product_by_pairs(own.cos(), own.sin() * sign, table),
+    ):
+        (gradient,) = torch.autograd.grad((product * weight).sum(), angles)
         results.append((product, gradient))
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=0)
