@@ -1,6 +1,6 @@
 """A Hugging Face Trainer under a policy: one callback.
 
-python examples/hf_trainer.py runs/demo/policy [act|shadow|off]
+python examples/hf_trainer.py default [act|shadow|off]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A Lightning run under a policy: one callback.
 
-python examples/lightning_module.py runs/demo/policy [act|shadow|off]
+python examples/lightning_module.py default [act|shadow|off]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A plain training loop under a policy.
 
-python examples/plain_pytorch.py runs/demo/policy [act|shadow|off]
+python examples/plain_pytorch.py default [act|shadow|off]
 """
 
 import sys

@@ -1,144 +1,15 @@
-"""The command line: `metactl train | apply | evaluate | check | demo`. Nothing heavy at import."""
+"""The command line: what each command does. Nothing heavy at import."""
 
 import errno
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
+from metactl.commands import Apply, Check, Command, Demo, Evaluate, Sweep, Train
 from metactl.errors import WorkerDied
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train a meta-controller on many small runs; the policy lands in RUN_DIR/policy."""
-
-    run_dir: Path
-    """New directory for the policy, TensorBoard files, checkpoints and the resolved config."""
-    config: str | None = None
-    """YAML file, or the name of a packaged recipe such as 'train' or 'demo'."""
-    data: Path | None = None
-    """File or folder of text to train on (default: the Python standard library's sources)."""
-    rotation: str | None = None
-    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
-    total_timesteps: int | None = None
-    """Control steps to learn from, over all runs."""
-    n_envs: int | None = None
-    """Training runs per worker process."""
-    n_workers: int | None = None
-    """Worker processes (-1: one per core, 0: none)."""
-    seed: int | None = None
-    """Determines tasks, runs and learning."""
-    resume: bool = False
-    """Go on from the newest checkpoint in RUN_DIR."""
-    set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Any config key, e.g. --set ppo.learning_rate=3e-4 --set environment.options.context=64."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Apply:
-    """Train new models under a policy; with --compare, beside paired twins at default knobs."""
-
-    policy: Path
-    """Folder of a trained policy, such as RUN_DIR/policy."""
-    run_dir: Path
-    """New directory for the trained models, losses, figure and TensorBoard files."""
-    data: Path | None = None
-    """File or folder of text to learn (default: the Python standard library's sources)."""
-    optimizer_steps: int | None = None
-    """Optimizer steps per run (default: as in the policy's training)."""
-    d_model: int | None = None
-    """Channels of the transformer."""
-    n_layers: int | None = None
-    """Blocks of the transformer."""
-    n_heads: int | None = None
-    """Attention heads of the transformer."""
-    context: int | None = None
-    """Tokens (bytes) per sequence."""
-    batch_size: int | None = None
-    """Sequences per optimizer step."""
-    learning_rate: float | None = None
-    """Peak learning rate."""
-    unique_bytes: int | None = None
-    """Bytes of training data (default: all of --data, or drawn as in the policy's training)."""
-    rotation: str | None = None
-    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
-    device: str | None = None
-    """Torch device, such as cpu or cuda."""
-    n_runs: int = 1
-    """New training runs, advanced together."""
-    seed: int = 0
-    """Determines data, weights, batches and noise."""
-    compare: bool = False
-    """Also train paired twins at default knobs, and print the paired table."""
-    sample: int = 0
-    """Bytes of text to print that the first trained model writes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Compare a policy with default, static, rule and replay on paired held-out runs."""
-
-    policy: Path
-    """Folder of a trained policy, such as RUN_DIR/policy."""
-    json: Path | None = None
-    """Write the report here as JSON."""
-    update_card: bool = False
-    """Also write the figures into the policy's own card."""
-    figure: Path | None = None
-    """Draw losses and knobs of some tasks here, as PNG."""
-    data: Path | None = None
-    """File or folder of text (default: what the policy was trained on, its held-out part)."""
-    n_tasks: int = 32
-    """Paired held-out tasks."""
-    grid: int = 16
-    """Static settings over all knobs, the default among them."""
-    static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """A further static setting, e.g. --static dropout=0,attention_span=8."""
-    optimizer_steps: int | None = None
-    """Optimizer steps per run (default: as in the policy's training)."""
-    rotation: str | None = None
-    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
-    n_envs: int = 16
-    """Training runs per worker process."""
-    n_workers: int = -1
-    """Worker processes (-1: one per core, 0: none)."""
-    seed: int = 0
-    """Determines tasks and runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """Check somebody's own TrainingRun or environment against the contract, in words."""
-
-    target: tyro.conf.Positional[str]
-    """An environment id such as 'envs:AdaptiveTransformer-v0', or MODULE:CLASS."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """The main job in minutes: train a policy, apply it to text it never saw, compare."""
-
-    run_dir: Path = Path("runs/demo")
-    """Directory for everything the demo makes; an earlier demo in it is replaced."""
-    config: str = "demo"
-    """YAML file, or the name of a packaged recipe."""
-    rotation: str | None = None
-    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
-
-
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Apply, tyro.conf.subcommand("apply")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
-
 
 _ROTATION = "environment.options.rotation"
 
@@ -156,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         Train: _train,
         Apply: _apply,
         Evaluate: _evaluate,
+        Sweep: _sweep,
         Check: _check,
         Demo: _demo,
     }
@@ -218,7 +90,7 @@ def _apply(command: Apply) -> int:
     from metactl.apply import apply_policy
     from metactl.config import ConfigError
     from metactl.deployment import deployment
-    from metactl.policy import Policy
+    from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
     from metactl.report import draw_runs, paired_table
     from metactl.rundir import discard_if_refused, open_run_directory, write_json
@@ -237,7 +109,7 @@ def _apply(command: Apply) -> int:
     env_id, options = deployment(policy, data=command.data, whole=True, **changes)
     record = {
         "environment": {"id": env_id, "options": options},
-        "policy": str(command.policy.resolve()),
+        "policy": str(find_policy(command.policy).resolve()),
         "n_runs": command.n_runs,
         "seed": command.seed,
         "compare": command.compare,
@@ -273,7 +145,7 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.config import ConfigError, parse_setting
     from metactl.deployment import deployment
     from metactl.evaluate import evaluate, headline
-    from metactl.policy import Policy
+    from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
     from metactl.report import draw_runs, gap_sentence, paired_table
     from metactl.rundir import write_json
@@ -284,6 +156,8 @@ def _evaluate(command: Evaluate) -> int:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} must be at least {low}, got {getattr(command, flag)}")
     policy = Policy.load(command.policy)
+    if command.update_card and find_policy(command.policy) != command.policy:
+        raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
     for path in (command.json, command.figure):
         if path is not None:
             path.resolve().parent.mkdir(parents=True, exist_ok=True)
@@ -315,6 +189,42 @@ def _evaluate(command: Evaluate) -> int:
     if command.figure is not None:
         draw_runs(command.figure, _drawn(evaluation.results), "Held-out runs")
     return 0
+
+
+def _sweep(command: Sweep) -> int:
+    from metactl.config import dump, find_config, parse_assignment, read_config
+    from metactl.progress import bar, console
+    from metactl.rundir import open_run_directory
+    from metactl.sweep.config import SweepConfig, described, plan
+
+    changes = dict(parse_assignment(text) for text in command.set)
+    config = read_config(SweepConfig, find_config(command.config), changes)
+    trials = plan(config)
+    needs = f"{config.resources.cpu:g} CPU and {config.resources.gpu:g} GPU each"
+    if command.dry_run:
+        print(f"{len(trials)} trials, {needs}")
+        for trial in trials:
+            print(f"  {trial.name}  {described(trial)}")
+        return 0
+    begun = (command.run_dir / "config.yaml").exists()
+    root = open_run_directory(command.run_dir, "sweep", dump(config), resume=begun)
+    from metactl.sweep.report import result_table, write_report
+    from metactl.sweep.run import run_sweep
+
+    print(f"{len(trials)} trials, {needs}; stopped, the same command goes on")
+    with bar("Sweep") as progress:
+        outcome = run_sweep(config, trials, root, address=command.address, progress=progress)
+    write_report(config, trials, outcome, root)
+    console().print(result_table(outcome))
+    for name, why in outcome.failed.items():
+        print(f"Failed: {name}: {why}", file=sys.stderr)
+    if outcome.stopped:
+        print(f"Stopped early by the scheduler: {', '.join(outcome.stopped)}")
+    print(f"Results: {root / 'results.csv'}   Picture: {root / 'search.png'}")
+    policy = root / "policy"
+    following = [f"metactl evaluate --policy {policy}"] if policy.exists() else []
+    _print_next(*following, f"tensorboard --logdir {root / 'tb'}")
+    return 1 if outcome.failed else 0
 
 
 def _check(command: Check) -> int:

@@ -21,11 +21,13 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from metactl.files import write_atomically
-from metactl.knobs import FloatArray, Knob
+from metactl.knobs import FloatArray, Knob, unknown_name
 
 FORMAT_VERSION = 1
 _STRICT = ConfigDict(extra="forbid")
 _MAX_BYTES = 64 << 20
+_CARD = "policy.json"
+_SHIPPED = Path(__file__).parent / "policies"
 
 
 class PolicyError(ValueError):
@@ -57,6 +59,22 @@ class PolicyCard:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
+
+
+def find_policy(policy: str | Path) -> Path:
+    """The folder of a policy: the one given, or that of a policy that ships, by its name.
+
+    Raises:
+        PolicyError: For a bare name that is neither.
+    """
+    folder = Path(policy)
+    if folder.is_dir() or len(folder.parts) != 1:
+        return folder
+    shipped = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{_CARD}"))
+    if folder.name not in shipped:
+        unknown = unknown_name("policy", folder.name, shipped)
+        raise PolicyError(f"{unknown} There is no folder of this name either.")
+    return _SHIPPED / folder.name
 
 
 class Policy:
@@ -111,17 +129,17 @@ class Policy:
         card["weights_sha256"] = hashlib.sha256(blob).hexdigest()
         write_atomically(folder / "weights.safetensors", blob)
         text = json.dumps(card, indent=2, allow_nan=False) + "\n"
-        write_atomically(folder / "policy.json", text.encode())
+        write_atomically(folder / _CARD, text.encode())
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Policy":
-        """Reads a policy and checks all of it.
+    def load(cls, policy: str | Path) -> "Policy":
+        """Reads a policy, by its folder or the name of one that ships, and checks all of it.
 
         Raises:
             PolicyError: If it is missing, of another version, damaged or not a policy.
         """
-        folder = Path(folder)
-        card = _read_card(folder / "policy.json")
+        folder = find_policy(policy)
+        card = _read_card(folder / _CARD)
         blob = _read(folder / "weights.safetensors")
         if hashlib.sha256(blob).hexdigest() != card.weights_sha256:
             raise PolicyError(

@@ -1,6 +1,7 @@
 """Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    report: Callable[[int, float], None] | None = None,
 ) -> Policy:
     """Trains a policy and saves it as `run_dir/policy`.
 
@@ -69,6 +71,7 @@ def train(
         run_dir: Holds `checkpoints/`, `tb/` and in the end `policy/`.
         resume: Go on from the newest checkpoint in `run_dir`.
         progress: Told about every control step.
+        report: Told before every update: control steps so far, mean return of the runs that ended.
 
     Returns:
         The policy.
@@ -100,7 +103,7 @@ def train(
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
             for name, value in pending.items():
                 model.logger.record(name, value)
-            keeper = _Keeper(config, run_dir, shards, scale, progress, tensors, board)
+            keeper = _Keeper(config, run_dir, shards, scale, progress, report, tensors, board)
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
@@ -179,6 +182,7 @@ class _Keeper(BaseCallback):
         shards: ShardRow,
         scale: float,
         progress: Progress | None,
+        report: Callable[[int, float], None] | None,
         resumed: dict[str, Tensor] | None,
         board: Board,
     ) -> None:
@@ -186,7 +190,7 @@ class _Keeper(BaseCallback):
         self.board = board
         self._resumed = resumed
         self.config, self.run_dir, self.shards = config, run_dir, shards
-        self.scale, self.progress = scale, progress
+        self.scale, self.progress, self.report = scale, progress, report
         self._updates = 0
         self._ended: list[dict[str, Any]] = []
         self._finished: list[float] = []
@@ -238,6 +242,8 @@ class _Keeper(BaseCallback):
                 record(f"probe/final_{name}", float(np.nanmean(values)))
         for name in (key for key in self._ended[0] if key.startswith("knob/")):
             record(f"{name}_final", float(np.mean([info[name] for info in self._ended])))
+        if self.report is not None:
+            self.report(self.num_timesteps, self._mean_return)
 
 
 def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) -> Policy:

@@ -27,7 +27,7 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         options: Of `Controller.attach`; the budget is the Trainer's.
 
     Example:
-        `Trainer(..., callbacks=[MetaControlCallback("runs/demo/policy", mode="shadow")])`
+        `Trainer(..., callbacks=[MetaControlCallback("default", mode="shadow")])`
     """
 
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:

@@ -21,7 +21,7 @@ class MetaControlCallback(lightning.Callback):
         options: Of `Controller.attach`; the budget is the Trainer's.
 
     Example:
-        `lightning.Trainer(..., callbacks=[MetaControlCallback("runs/demo/policy")])`
+        `lightning.Trainer(..., callbacks=[MetaControlCallback("default")])`
     """
 
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:

@@ -16,6 +16,7 @@ from metactl.config import (
     parse_assignment,
     read_config,
 )
+from metactl.sweep.config import Range, SweepConfig
 from models.rotary import rotation_names
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
@@ -213,7 +214,12 @@ def test_a_recipe_is_found_by_path_and_by_name_and_else_the_recipes_are_listed(t
 
 
 def test_every_recipe_says_its_command_and_holds_only_what_differs_from_the_defaults():
-    kinds = {"train": TrainConfig, "demo": TrainConfig}
+    varied = {"key": Range(grid=(0,))}
+    kinds = {
+        "train": TrainConfig(),
+        "demo": TrainConfig(),
+        "sweep": SweepConfig(space=varied),  # nothing to vary is no sweep
+    }
     for path in sorted(RECIPES.rglob("*.yaml")):
         first, *_ = path.read_text().splitlines()
         words = shlex.split(first.removeprefix("# "))
@@ -222,9 +228,9 @@ def test_every_recipe_says_its_command_and_holds_only_what_differs_from_the_defa
         if "--config" in words:
             named = words[words.index("--config") + 1]
             assert find_config(named).samefile(path), path.name
-        config = read_config(kinds[words[1]], path, {})
+        config = read_config(type(kinds[words[1]]), path, {})
         held = flat(yaml.safe_load(path.read_text()))
-        defaults, full = flat(dump(kinds[words[1]]())), flat(dump(config))
+        defaults, full = flat(dump(kinds[words[1]])), flat(dump(config))
         for key, value in held.items():
             assert full[key] == value, (path.name, key)
             assert defaults.get(key) != value, f"{path.name}: {key} is the default"

@@ -10,7 +10,8 @@ from safetensors.numpy import save as save_tensors
 from safetensors.torch import save as save_torch_tensors
 
 from metactl import Knob, Policy, PolicyError
-from metactl.policy import PolicyCard
+from metactl.config import TrainConfig, dump, find_config, read_config
+from metactl.policy import PolicyCard, find_policy
 
 N_SEEN = 5
 
@@ -274,3 +275,26 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "policy").write_text("{}")
     message = refused(tmp_path / "policy", file="policy.json")
     assert re.search("Not a directory", message)
+
+
+def test_the_shipped_policy_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = Policy.load("default")
+    folder = find_policy("default")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
+    assert "dropout" in {knob.name for knob in shipped.card.knobs}
+    assert shipped.card.evaluation["n_tasks"] >= 32
+    assert "policy" in shipped.card.evaluation["arms"]
+    with pytest.raises(
+        PolicyError, match=r"Unknown policy 'defualt'\. Known: default\. Did you mean"
+    ):
+        Policy.load("defualt")
+    (tmp_path / "default").mkdir()  # somebody's own folder of this name comes first
+    with pytest.raises(PolicyError, match="No such file"):
+        Policy.load("default")
+
+
+def test_the_shipped_policy_came_from_the_packaged_recipe():
+    card = Policy.load("default").card
+    recipe = read_config(TrainConfig, find_config("default"), {})
+    assert card.training["config"] == dump(recipe)

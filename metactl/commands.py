@@ -1,0 +1,151 @@
+"""The commands and their flags, with the help that `metactl COMMAND --help` shows."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a meta-controller on many small runs; the policy lands in RUN_DIR/policy."""
+
+    run_dir: Path
+    """New directory for the policy, TensorBoard files, checkpoints and the resolved config."""
+    config: str | None = None
+    """YAML file, or the name of a packaged recipe such as 'train' or 'demo'."""
+    data: Path | None = None
+    """File or folder of text to train on (default: the Python standard library's sources)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
+    total_timesteps: int | None = None
+    """Control steps to learn from, over all runs."""
+    n_envs: int | None = None
+    """Training runs per worker process."""
+    n_workers: int | None = None
+    """Worker processes (-1: one per core, 0: none)."""
+    seed: int | None = None
+    """Determines tasks, runs and learning."""
+    resume: bool = False
+    """Go on from the newest checkpoint in RUN_DIR."""
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Any config key, e.g. --set ppo.learning_rate=3e-4 --set environment.options.context=64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apply:
+    """Train new models under a policy; with --compare, beside paired twins at default knobs."""
+
+    policy: Path
+    """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
+    run_dir: Path
+    """New directory for the trained models, losses, figure and TensorBoard files."""
+    data: Path | None = None
+    """File or folder of text to learn (default: the Python standard library's sources)."""
+    optimizer_steps: int | None = None
+    """Optimizer steps per run (default: as in the policy's training)."""
+    d_model: int | None = None
+    """Channels of the transformer."""
+    n_layers: int | None = None
+    """Blocks of the transformer."""
+    n_heads: int | None = None
+    """Attention heads of the transformer."""
+    context: int | None = None
+    """Tokens (bytes) per sequence."""
+    batch_size: int | None = None
+    """Sequences per optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    unique_bytes: int | None = None
+    """Bytes of training data (default: all of --data, or drawn as in the policy's training)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
+    device: str | None = None
+    """Torch device, such as cpu or cuda."""
+    n_runs: int = 1
+    """New training runs, advanced together."""
+    seed: int = 0
+    """Determines data, weights, batches and noise."""
+    compare: bool = False
+    """Also train paired twins at default knobs, and print the paired table."""
+    sample: int = 0
+    """Bytes of text to print that the first trained model writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compare a policy with default, static, rule and replay on paired held-out runs."""
+
+    policy: Path
+    """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
+    json: Path | None = None
+    """Write the report here as JSON."""
+    update_card: bool = False
+    """Also write the figures into the policy's own card."""
+    figure: Path | None = None
+    """Draw losses and knobs of some tasks here, as PNG."""
+    data: Path | None = None
+    """File or folder of text (default: what the policy was trained on, its held-out part)."""
+    n_tasks: int = 32
+    """Paired held-out tasks."""
+    grid: int = 16
+    """Static settings over all knobs, the default among them."""
+    static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """A further static setting, e.g. --static dropout=0,attention_span=8."""
+    optimizer_steps: int | None = None
+    """Optimizer steps per run (default: as in the policy's training)."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
+    n_envs: int = 16
+    """Training runs per worker process."""
+    n_workers: int = -1
+    """Worker processes (-1: one per core, 0: none)."""
+    seed: int = 0
+    """Determines tasks and runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Vary a meta-training, or where a policy is applied, on Ray; the best policy is kept."""
+
+    run_dir: Path
+    """Directory of the sweep, on a cluster one that all nodes see; what was stopped goes on."""
+    config: str = "sweep"
+    """YAML file, or the name of a packaged sweep such as 'sweep' or 'sweep_apply'."""
+    address: str | None = None
+    """Of a Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
+    dry_run: bool = False
+    """Print the trials and what they need, and start nothing."""
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Any key of the sweep, e.g. --set samples=4 --set resources.gpu=0.25."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Check somebody's own TrainingRun or environment against the contract, in words."""
+
+    target: tyro.conf.Positional[str]
+    """An environment id such as 'envs:AdaptiveTransformer-v0', or MODULE:CLASS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The main job in minutes: train a policy, apply it to text it never saw, compare."""
+
+    run_dir: Path = Path("runs/demo")
+    """Directory for everything the demo makes; an earlier demo in it is replaced."""
+    config: str = "demo"
+    """YAML file, or the name of a packaged recipe."""
+    rotation: str | None = None
+    """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Apply, tyro.conf.subcommand("apply")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)

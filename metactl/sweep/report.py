@@ -1,0 +1,125 @@
+"""What a sweep leaves for people: a table, CSV and JSON, TensorBoard's hparams, a figure."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from metactl.files import write_atomically
+from metactl.rundir import write_json
+from metactl.sweep.config import SweepConfig, Trial, trial_folder
+from metactl.sweep.run import Outcome
+
+_SHOWN = 10
+_FIGURES = ("score", "score_low", "score_high", "default_loss", "policy_loss")
+
+
+def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, root: Path) -> None:
+    """Writes `results.json`, `results.csv`, `search.png` and `tb/`.
+
+    The policy of the trial with the highest score becomes `policy/`.
+    """
+    write_json(
+        root / "results.json",
+        {
+            "results": outcome.results,
+            "stopped": outcome.stopped,
+            "failed": outcome.failed,
+            "planned": len(trials),
+        },
+    )
+    keys = list(config.space)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["trial", *keys, *_FIGURES])
+    for result in outcome.results:
+        varied = [result["changes"].get(key) for key in keys]
+        rows.writerow([result["trial"], *varied, *(result[name] for name in _FIGURES)])
+    write_atomically(root / "results.csv", text.getvalue().encode())
+    if not outcome.results:
+        return
+    _write_hparams(outcome.results, root)
+    draw_search(root / "search.png", outcome.results, keys)
+    winner = trial_folder(root, outcome.results[0]["trial"]) / "policy"
+    if winner.exists():
+        shutil.copytree(winner, root / "policy", dirs_exist_ok=True)
+
+
+def result_table(outcome: Outcome) -> Table:
+    """The best trials, with intervals."""
+    shown = min(_SHOWN, len(outcome.results))
+    title = f"The best {shown} of {len(outcome.results)} trials" if shown else "No trial finished"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("trial")
+    table.add_column("gain over default (95 %), nats", justify="right")
+    table.add_column("varied")
+    for result in outcome.results[:shown]:
+        low, high = result["score_low"], result["score_high"]
+        table.add_row(
+            result["trial"],
+            f"{result['score']:+.4f} [{low:+.4f}, {high:+.4f}]",
+            ", ".join(f"{key} {_short(value)}" for key, value in result["changes"].items()),
+        )
+    return table
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _write_hparams(results: list[dict[str, Any]], root: Path) -> None:
+    """One entry per trial; a text value stays text."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = root / "tb"
+    shutil.rmtree(folder, ignore_errors=True)
+    for result in results:
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in result["changes"].items()
+        }
+        figures = {f"sweep/{name}": result[name] for name in _FIGURES}
+        with SummaryWriter(str(folder / result["trial"])) as writer:
+            writer.add_hparams(plain, figures, run_name=".")
+
+
+def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> None:
+    """Draws the score over every key that was varied, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(3.4 * len(keys) + 0.8, 3.4), sharey=True, squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        values = [result["changes"].get(key) for result in results]
+        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        if numeric:
+            places = [float(v) for v in values]
+            if min(places) > 0 and max(places) / min(places) > 20:
+                axis.set_xscale("log")
+        else:
+            names = sorted({str(v) for v in values})
+            places = [float(names.index(str(v))) for v in values]
+            axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        for place, result in zip(places, results, strict=True):
+            best = result is results[0]
+            colour = "tab:green" if best else "tab:blue"
+            axis.plot([place] * 2, [result["score_low"], result["score_high"]], color=colour, lw=1)
+            axis.plot(place, result["score"], "o", color=colour, ms=8 if best else 5)
+        axis.axhline(0, color="0.7", lw=1, zorder=0)
+        axis.set_xlabel(key)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("gain over default (nats)")
+    figure.suptitle(
+        f"{len(results)} trials; the best in green; 95 % intervals over tasks", x=0.02, ha="left"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

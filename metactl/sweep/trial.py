@@ -1,0 +1,94 @@
+"""One trial: train a policy (or take one), score it, and leave the result in its folder.
+
+A trial that was killed goes on from its newest checkpoint, and one that is finished is not done
+again; so whoever starts trials may fail at any moment, and start all of them again.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metactl.checkpoint import load_newest_checkpoint
+from metactl.controllers import Static
+from metactl.deployment import deployment
+from metactl.evaluate import Arm, play_arms, policy_arm, summarise
+from metactl.files import write_atomically
+from metactl.knobs import KnobSet
+from metactl.policy import Policy
+from metactl.shards import ShardRow
+from metactl.sweep.config import SweepConfig, Trial, train_config, trial_folder
+from metactl.train import train
+
+RESULT = "result.json"
+_N_ENVS = 16
+Report = Callable[[int, float], None]
+"""Called with the control steps learned from, and the mean return of the runs that ended."""
+
+
+def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> dict[str, Any]:
+    """Does a trial, or what is left of it.
+
+    Args:
+        config: The sweep.
+        trial: Which.
+        root: The sweep's directory.
+        report: Told about learning; it may raise to stop the trial.
+
+    Returns:
+        `score`: what the policy gains over default knobs, in nats per token on paired runs that no
+        trial trained on; its interval; and what the trial varied.
+    """
+    folder = trial_folder(root, trial.name)
+    done = read_result(folder)
+    if done is not None:
+        return done
+    torch.set_num_threads(max(1, int(config.resources.cpu)))
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {}
+    if config.kind == "train":
+        begun = load_newest_checkpoint(folder / "checkpoints") is not None
+        policy = train(train_config(config, trial), folder, resume=begun, report=report)
+    else:
+        options = dict(trial.changes)
+        policy = Policy.load(options.pop("policy", config.policy))
+    result = {"trial": trial.name, "changes": trial.changes, **_score(config, policy, options)}
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / RESULT, text.encode())
+    return result
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What a finished trial left, if it is intact."""
+    try:
+        result = json.loads((folder / RESULT).read_text())
+        return dict(result) if isinstance(result["score"], float) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _score(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> dict[str, Any]:
+    """Paired runs at default knobs and under the policy.
+
+    The text is that of meta-training: what a sweep chooses by, its winner's report must not see.
+    """
+    env_id, deployed = deployment(policy, **options)
+    if "split" in deployed:
+        deployed["split"] = "meta_train"
+    with ShardRow(env_id, min(_N_ENVS, 2 * config.n_tasks), deployed, 0) as shards:
+        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        arms = [
+            Arm(name="default", positions=default, controller=Static()),
+            policy_arm(policy, default),
+        ]
+        summary = summarise(play_arms(shards, arms, config.n_tasks, config.seed))
+    difference = summary["policy_minus"]["default"]["final_test"]
+    return {
+        "score": -difference["estimate"],
+        "score_low": -difference["high"],
+        "score_high": -difference["low"],
+        "default_loss": summary["arms"]["default"]["final_test"],
+        "policy_loss": summary["arms"]["policy"]["final_test"],
+    }

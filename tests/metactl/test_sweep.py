@@ -1,0 +1,217 @@
+"""Sweeps: the plan, one trial, and trials on Ray."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from metactl.config import ConfigError, parse
+from metactl.sweep.config import Resources, SweepConfig, plan, trial_folder
+from metactl.sweep.trial import read_result, run_trial
+
+TINY = {
+    "environment.options.horizon": 40,
+    "environment.options.d_model": 8,
+    "environment.options.n_layers": 1,
+    "environment.options.n_heads": 4,
+    "environment.options.context": 8,
+    "environment.options.knobs": ["dropout"],
+    "environment.n_envs": 4,
+    "ppo.total_timesteps": 480,
+    "ppo.n_epochs": 2,
+    "ppo.batch_size": 80,
+}
+
+
+def sweep(tmp_path, space, **options):
+    """A sweep over a recipe that takes a second."""
+    values = {"ppo": {}, "environment": {"options": {}}}
+    for key, value in TINY.items():
+        *parents, leaf = key.split(".")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    return parse(
+        SweepConfig, {"recipe": str(recipe), "space": space, "n_tasks": 2, **options}, "here"
+    )
+
+
+def ignore(steps, mean_return):
+    """Nobody to report to."""
+
+
+# The plan ------------------------------------------------------------------------------------
+
+
+def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
+    space = {
+        "seed": {"grid": [0, 1, 2]},
+        "ppo.learning_rate": {"loguniform": [1e-4, 1e-2]},
+        "ppo.use_sde": {"choice": [True, False]},
+    }
+    trials = plan(sweep(tmp_path, space, samples=20))
+    assert len(trials) == 60
+    assert len({trial.name for trial in trials}) == 60
+    assert [t.changes["seed"] for t in trials] == [0] * 20 + [1] * 20 + [2] * 20
+    rates = sorted(trial.changes["ppo.learning_rate"] for trial in trials)
+    assert 1e-4 < rates[0] < 3e-4
+    assert 6e-4 < rates[30] < 2e-3
+    assert {trial.changes["ppo.use_sde"] for trial in trials} == {True, False}
+    assert plan(sweep(tmp_path, space, samples=20)) == trials
+    assert plan(sweep(tmp_path, space, samples=20, seed=1)) != trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"space": {}}, ["space is empty"]),
+        ({"space": {"seed": {"grid": [1], "choice": [2]}}}, ["exactly one of", "grid"]),
+        ({"space": {"seed": {"grid": []}}}, ["grid needs at least one value"]),
+        ({"space": {"seed": {"uniform": [2, 1]}}}, ["low < high, got 2.0, 1.0"]),
+        ({"space": {"seed": {"loguniform": [0, 1]}}}, ["low < high, got 0.0, 1.0"]),
+        ({"samples": 0}, ["samples must be at least 1, got 0"]),
+        ({"kind": "aply"}, ["kind", "'train' or 'apply'", "'aply'"]),
+        ({"resources": {"cpu": 0}}, ["cpu > 0"]),
+        ({"sampels": 3}, ["'sampels'", "Did you mean 'samples'"]),
+        ({"kind": "apply", "scheduler": "asha"}, ["'asha'", "learns nothing"]),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused_in_words(changes, parts):
+    values = {"space": {"seed": {"grid": [1]}}, **changes}
+    with pytest.raises(ConfigError) as error:
+        parse(SweepConfig, values, "sweep.yaml")
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_value_that_the_recipe_does_not_take_is_refused_before_anything_starts(tmp_path):
+    space = {"ppo.learning_rate": {"grid": [1e-3, -1.0]}}
+    with pytest.raises(ConfigError, match=r"trial 001-\w+ \(ppo.learning_rate=-1\).*above 0"):
+        plan(sweep(tmp_path, space))
+    with pytest.raises(ConfigError, match=r"ppo.learning_rat.*Did you mean 'learning_rate'"):
+        plan(sweep(tmp_path, {"ppo.learning_rat": {"grid": [1e-3]}}))
+
+
+# One trial -----------------------------------------------------------------------------------
+
+
+def test_a_trial_that_was_killed_ends_as_if_it_never_had_been(tmp_path):
+    config = sweep(tmp_path, {"seed": {"grid": [3]}})
+    (trial,) = plan(config)
+    seen = []
+    whole = run_trial(config, trial, tmp_path / "whole", lambda *at: seen.append(at))
+    assert [steps for steps, _ in seen] == [160, 320, 480]
+
+    def killed(steps, mean_return):
+        if steps == 320:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(config, trial, tmp_path / "parts", killed)
+    assert read_result(trial_folder(tmp_path / "parts", trial.name)) is None
+    late = []
+    assert run_trial(config, trial, tmp_path / "parts", lambda *at: late.append(at)) == whole
+    assert late == seen[-2:]  # the update that was cut short is done again, and no other
+
+
+def test_a_finished_trial_is_not_done_again(tmp_path):
+    config = sweep(tmp_path, {"seed": {"grid": [3]}})
+    (trial,) = plan(config)
+    first = run_trial(config, trial, tmp_path, ignore)
+
+    def fail(steps, mean_return):
+        raise AssertionError
+
+    assert run_trial(config, trial, tmp_path, fail) == first
+    (trial_folder(tmp_path, trial.name) / "result.json").write_text('{"score": 1')
+    assert run_trial(config, trial, tmp_path, ignore) == first  # a torn file counts as none
+
+
+def test_a_policy_is_scored_where_the_space_says(tmp_path):
+    trained = sweep(tmp_path, {"seed": {"grid": [3]}})
+    (trial,) = plan(trained)
+    run_trial(trained, trial, tmp_path, ignore)
+    policy = trial_folder(tmp_path, trial.name) / "policy"
+    config = sweep(tmp_path, {"d_model": {"grid": [8, 16]}}, kind="apply", policy=str(policy))
+    small, large = (run_trial(config, t, tmp_path / "apply", ignore) for t in plan(config))
+    assert small["default_loss"] != large["default_loss"]
+    for result in (small, large):
+        gain = result["default_loss"] - result["policy_loss"]
+        assert result["score"] == pytest.approx(gain)
+        assert result["score_low"] <= result["score"] <= result["score_high"]
+
+
+# On Ray --------------------------------------------------------------------------------------
+
+
+def test_a_trial_for_which_there_is_never_room_is_refused():
+    from metactl.sweep.run import check_resources
+
+    check_resources(Resources(cpu=2), {"CPU": 2.0})
+    with pytest.raises(ConfigError, match=r"resources.gpu: a trial needs 0.5, .* cluster has 0"):
+        check_resources(Resources(gpu=0.5), {"CPU": 2.0})
+
+
+def start(tmp_path, run_dir):
+    config = tmp_path / "sweep.yaml"
+    values = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "space": {"seed": {"grid": [1, 2, 3]}, "ppo.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        "n_tasks": 2,
+    }
+    config.write_text(json.dumps(values))
+    return subprocess.Popen(
+        [sys.executable, "-m", "metactl", "sweep", "--config", config, "--run-dir", run_dir],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def results_of(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("trials/*/result.json"))]
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_driver_was_killed_goes_on_and_ends_the_same(tmp_path):
+    sweep(tmp_path, {"seed": {"grid": [1]}})  # writes the recipe
+    whole = start(tmp_path, tmp_path / "whole")
+    out, err = whole.communicate(timeout=200)
+    assert whole.returncode == 0, err
+    assert "3 trials" in out
+    assert "Traceback" not in out + err
+    killed = start(tmp_path, tmp_path / "parts")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "parts").glob("trials/*/result.json")):
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert 1 <= len(results_of(tmp_path / "parts")) <= 3
+    again = start(tmp_path, tmp_path / "parts")
+    out, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
+    assert results_of(tmp_path / "parts") == results_of(tmp_path / "whole")
+    report = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert len(report["results"]) == report["planned"] == 3
+    scores = [result["score"] for result in report["results"]]
+    assert scores == sorted(scores, reverse=True)
+    with (tmp_path / "parts" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in rows] == scores
+    best = trial_folder(tmp_path / "parts", report["results"][0]["trial"]) / "policy"
+    for name in ("policy.json", "weights.safetensors"):
+        assert (tmp_path / "parts" / "policy" / name).read_bytes() == (best / name).read_bytes()
+    assert (tmp_path / "parts" / "search.png").stat().st_size > 5_000
+    assert list((tmp_path / "parts" / "tb").glob("*/events*"))
