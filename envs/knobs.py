@@ -35,14 +35,14 @@ def knobs_of(
     }
     chosen = []
     for name in names:
+        if name == "weight_decay" and not weight_decay > 0:
+            raise ValueError("knob 'weight_decay' needs a weight_decay above 0 to start from")
         if name not in known:
             raise ValueError(unknown_name("knob", name, tuple(known)))
         if missing.get(name):
             raise ValueError(
                 f"knob {name!r} needs {missing[name]}, and rotation {shape.rotation!r} has none"
             )
-        if name == "weight_decay" and weight_decay <= 0:
-            raise ValueError("knob 'weight_decay' needs a weight_decay above 0 to start from")
         if name != "rope_base" or rotary.positions == "rope":
             chosen.append(known[name])
     return tuple(chosen)
@@ -62,4 +62,5 @@ def _all_knobs(
     }
     ranges = shape.knob_ranges()
     of_model = (Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())
-    return (*of_model, LearningRateKnob.knob, weight_decay_knob(max(weight_decay, 1e-4)))
+    decay = (weight_decay_knob(weight_decay),) if weight_decay > 0 else ()
+    return (*of_model, LearningRateKnob.knob, *decay)

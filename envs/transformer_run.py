@@ -87,7 +87,10 @@ class RunConfig:
             raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
         slow, fast = self.learning_rate_range
         if not 0 < slow <= fast < math.inf:
-            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+            raise ValueError(
+                f"learning_rate must be above 0 and finite, low <= high in a range, "
+                f"got {self.learning_rate}"
+            )
         for name in ("batch_size", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

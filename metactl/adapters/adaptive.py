@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metactl.adapters.base import AttachError, ModelKnob, unwrapped
 from metactl.knobs import Knob
 
-ADAPTIVE_KNOBS = (
+ADAPTIVE_KNOBS = (  # `models.KNOB_NAMES`, which this package may not import
     "rope_base",
     "attention_span",
     "embedding_width",
@@ -64,12 +64,9 @@ class AdaptiveKnob(ModelKnob):
             )
         self.knob = Knob(name=name, default=self._written, **fields)
         self._first = self._written, self._storage()
-        self._handle = None
+        self._moved, self._handle = False, None
         if name == "embedding_width":
-            fade = 1 / _FADE_STEPS
-            self._handle = optimizer.register_step_post_hook(
-                lambda *_: self._inner.knobs.step_gates(fade)
-            )
+            self._handle = optimizer.register_step_post_hook(lambda *_: self._fade())
 
     def read(self) -> float:
         value = float(self._inner.knobs.values()[self._name].flatten()[0])
@@ -77,9 +74,10 @@ class AdaptiveKnob(ModelKnob):
 
     def write(self, value: float) -> None:
         self._inner.set_knobs({self._name: value})
-        self._written = float(value)
+        self._written, self._moved = float(value), True
 
     def restore(self) -> None:
+        self._moved = False
         self._written, values = self._first
         for name, tensor in self._inner.knobs.storage([self._name]).items():
             tensor.copy_(values[name])
@@ -94,7 +92,8 @@ class AdaptiveKnob(ModelKnob):
     def close(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-            self._settle()
+            if self._moved:
+                self._settle()
 
     def _is(self, value: float) -> bool:
         return math.isclose(value, self._written, rel_tol=_PRECISION, abs_tol=_PRECISION)
@@ -102,6 +101,10 @@ class AdaptiveKnob(ModelKnob):
     def _storage(self) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = self._inner.knobs.storage([self._name])
         return {name: tensor.clone() for name, tensor in stored.items()}
+
+    def _fade(self) -> None:
+        if self._moved:  # else the gates are their owner's
+            self._inner.knobs.step_gates(1 / _FADE_STEPS)
 
     def _settle(self) -> None:
         self._inner.knobs.settle_gates(list(range(self._inner.n_replicas)))

@@ -143,6 +143,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def longest_sequence(config: Any, *limits: float | None) -> float | None:
+    """The smallest of some limits and of what a transformers config allows, in tokens."""
+    allowed = getattr(config, "max_position_embeddings", None)
+    return min((float(limit) for limit in (*limits, allowed) if limit), default=None)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether any part of the model runs through `torch.compile`."""
     return any(

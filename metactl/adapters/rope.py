@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metactl.adapters.base import AttachError, ModelKnob, unwrapped
+from metactl.adapters.base import AttachError, ModelKnob, longest_sequence, unwrapped
 from metactl.knobs import Knob
 
 _KEY = "rope_theta"  # transformers' name for the base
@@ -46,11 +46,10 @@ class RopeBaseKnob(ModelKnob):
             (buffer, buffer.detach().clone()) for m in self._rotaries for buffer in _buffers(m)
         ]
         base = float(self._first)
-        limit = getattr(self._rotaries[0].config, "max_position_embeddings", None)
-        lengths = [float(length) for length in (longest, limit) if length]
+        tokens = longest_sequence(self._rotaries[0].config, longest) or 0.0
         self.knob = Knob(
             name="rope_base",
-            low=min(max(min(lengths, default=0.0) / 4, 4.0), base),
+            low=min(max(tokens / 4, 4.0), base),
             high=max(1e6, base),
             default=base,
             scale="log2",

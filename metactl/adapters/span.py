@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metactl.adapters.base import AttachError, ModelKnob, is_compiled, unwrapped
+from metactl.adapters.base import AttachError, ModelKnob, is_compiled, longest_sequence, unwrapped
 from metactl.knobs import Knob
 
 _KEY, _LONGEST = "attention_span", "attention_span_longest"  # in the model's config
@@ -172,18 +172,16 @@ class AttentionSpanKnob(ModelKnob):
         if windowed and not is_compiled(model):  # a window of whole tokens compiles anew each time
             written.append("sliding_window")
         self._entries = {name: self._of(name, _MISSING) for name in written}
-        carried = self._of(_LONGEST)  # then the window may be what a controller left
-        limits = (longest, self._of("max_position_embeddings"), carried or window)
-        known = [float(limit) for limit in limits if limit]
-        if not known:
+        # A config that carries a longest span was left by a controller, and so may its window be.
+        high = longest_sequence(self._config, longest, self._of(_LONGEST) or window)
+        if high is None:
             raise AttachError("the longest sequence is not known; give attach an example of it")
-        high = min(known)
         held: SpanHolder | None = getattr(inner, _HOLDER, None)
         if held is not None:
             self._first = min(held.value, high)
             held.longest = high
         else:
-            self._first = min(self._of(_KEY, high), high) if window and carried else high
+            self._first = min(self._window_in_force(window), high)
             held = SpanHolder(inner, high)
             setattr(inner, _HOLDER, held)
             if is_compiled(model):
@@ -224,6 +222,13 @@ class AttentionSpanKnob(ModelKnob):
     def far(self) -> float:
         """Short where it can be: a trial on few tokens sees no difference between long spans."""
         return self.knob.high if self.read() == self.knob.low else self.knob.low
+
+    def _window_in_force(self, window: float | None) -> float:
+        """Of a model without hooks: its own window, before the span was rounded up to it."""
+        if not window:
+            return math.inf
+        span = self._of(_KEY)
+        return float(span if span is not None and math.ceil(span) == window else window)
 
     def _of(self, name: str, default: Any = None) -> Any:
         return getattr(self._config, name, default)

@@ -31,7 +31,9 @@ def cayley(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim
 def exponential(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
     """exp(A): every rotation."""
     a = skew(weight)
-    return torch.linalg.matrix_exp(a) if a.is_cuda else _scaled_and_squared(a)
+    if a.is_cuda or torch.compiler.is_compiling():  # how often to square is read off the numbers
+        return torch.linalg.matrix_exp(a)
+    return _scaled_and_squared(a)
 
 
 def _scaled_and_squared(a: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:

@@ -5,8 +5,9 @@ import torch
 
 from metactl import AttachError, Controller
 from metactl.adapters import find_adapters
+from metactl.adapters.adaptive import ADAPTIVE_KNOBS
 from metactl.controllers import RandomMoves
-from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
+from models import KNOB_NAMES, AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 
 USUAL = ["rope_base", "attention_span", "embedding_width", "dropout"]
 
@@ -66,6 +67,20 @@ def test_a_change_of_width_fades_in_over_ten_optimizer_steps():
     assert not model.knobs.gates_moving
 
 
+def test_gates_that_somebody_else_moves_are_left_alone():
+    """As in shadow mode, where only the owner of the run changes its width."""
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.set_knobs({"embedding_width": 0.5})
+    (width,), missing = find_adapters(["embedding_width"], model, optimizer)
+    assert missing == {}
+    assert model.knobs.gates[0].tolist() == [1, 1, 1, 1]
+    optimizer.step()
+    assert model.knobs.gates[0].tolist() == [1, 1, 1, 1]
+    width.close()
+    assert model.knobs.gates_moving
+
+
 def train(mode, steps=24, stop=None, state=None):
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -119,11 +134,16 @@ def test_resuming_is_bit_identical(stop, tmp_path):
     assert early + late == decisions
 
 
-def test_a_model_that_has_no_width_is_refused_in_words():
+def test_a_model_that_has_no_width_is_refused_in_words_or_goes_without():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"knobs": ["embedding_width", "dropout"], "example": torch.ones(1, 2)}
+    controller = Controller(RandomMoves(seed=0))
     with pytest.raises(AttachError, match="embedding_width: no way to move it in this model"):
-        Controller(RandomMoves(seed=0)).attach(
-            linear := torch.nn.Linear(2, 2),
-            torch.optim.SGD(linear.parameters(), lr=0.1),
-            knobs=["embedding_width"],
-            example=torch.ones(1, 2),
-        )
+        controller.attach(model, optimizer, **options)
+    controller.attach(model, optimizer, on_unsupported="mask", **options)
+    assert list(controller.state_dict()["knobs"]) == ["dropout"]
+
+
+def test_the_adapters_know_the_knobs_that_the_model_has():
+    assert ADAPTIVE_KNOBS == KNOB_NAMES == tuple(TransformerConfig().knob_ranges())

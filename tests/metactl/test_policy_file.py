@@ -58,7 +58,7 @@ def reseal(folder, blob):
     edit_card(folder, weights_sha256=hashlib.sha256(blob).hexdigest())
 
 
-def refused(folder, *words, file=None):
+def assert_refused(folder, *words, file=None):
     """Loading fails with a `PolicyError` that names the policy and holds `words`."""
     with pytest.raises(PolicyError) as caught:
         Policy.load(folder)
@@ -93,20 +93,20 @@ def test_saving_again_replaces_a_policy_and_leaves_no_other_files(folder):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    refused(tmp_path / "nowhere", "No such file", file="policy.json")
+    assert_refused(tmp_path / "nowhere", "No such file", file="policy.json")
 
 
 @pytest.mark.parametrize("name", ["policy.json", "weights.safetensors"])
 def test_a_missing_file_is_refused_by_name(folder, name):
     (folder / name).unlink()
-    refused(folder, "No such file", file=name)
+    assert_refused(folder, "No such file", file=name)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 8, 100, -1])
 def test_truncated_weights_are_refused(folder, keep):
     path = folder / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, "damaged", file="weights.safetensors")
+    assert_refused(folder, "damaged", file="weights.safetensors")
 
 
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.2, 0.5, 0.8, 1.0])
@@ -116,14 +116,14 @@ def test_one_flipped_bit_anywhere_in_the_weights_is_refused(folder, place, bit):
     blob = bytearray(path.read_bytes())
     blob[round(place * (len(blob) - 1))] ^= 1 << bit
     path.write_bytes(blob)
-    refused(folder, "damaged", file="weights.safetensors")
+    assert_refused(folder, "damaged", file="weights.safetensors")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 50, -3])
 def test_a_truncated_card_is_refused(folder, keep):
     path = folder / "policy.json"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, "not JSON", file="policy.json")
+    assert_refused(folder, "not JSON", file="policy.json")
 
 
 @pytest.mark.parametrize(
@@ -131,49 +131,49 @@ def test_a_truncated_card_is_refused(folder, keep):
 )
 def test_a_card_that_is_not_json_is_refused(folder, text):
     (folder / "policy.json").write_bytes(text.encode("latin-1"))
-    refused(folder, "not JSON", file="policy.json")
+    assert_refused(folder, "not JSON", file="policy.json")
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_numbers_that_json_does_not_have_are_refused(folder, constant):
     path = folder / "policy.json"
     path.write_text(path.read_text().replace('"seed": 3', f'"seed": {constant}'))
-    refused(folder, f"{constant} is not allowed", file="policy.json")
+    assert_refused(folder, f"{constant} is not allowed", file="policy.json")
 
 
 def test_a_number_that_overflows_is_refused(folder):
     path = folder / "policy.json"
     path.write_text(path.read_text().replace('"seed": 3', '"seed": 1e999'))
-    refused(folder, file="policy.json")
+    assert_refused(folder, file="policy.json")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
 def test_another_version_is_refused_with_both_versions(folder, version):
     edit_card(folder, format_version=version)
-    refused(folder, f"format_version {version!r}", "reads 1", file="policy.json")
+    assert_refused(folder, f"format_version {version!r}", "reads 1", file="policy.json")
 
 
 @pytest.mark.parametrize("card", [[], 3, "policy", None])
 def test_json_that_is_no_card_is_refused(folder, card):
     (folder / "policy.json").write_text(json.dumps(card))
-    refused(folder, file="policy.json")
+    assert_refused(folder, file="policy.json")
 
 
 def test_an_extra_key_is_refused_by_name(folder):
     edit_card(folder, on_load="run me")
-    refused(folder, "on_load", file="policy.json")
+    assert_refused(folder, "on_load", file="policy.json")
 
 
 def test_an_extra_key_of_a_knob_is_refused_by_name(folder):
     knobs = json.loads((folder / "policy.json").read_text())["knobs"]
     edit_card(folder, knobs=[{**knobs[0], "on_load": "run me"}, knobs[1]])
-    refused(folder, "on_load", file="policy.json")
+    assert_refused(folder, "on_load", file="policy.json")
 
 
 def test_a_knob_that_makes_no_sense_is_refused(folder):
     knobs = json.loads((folder / "policy.json").read_text())["knobs"]
     edit_card(folder, knobs=[{**knobs[0], "low": 9.0}, knobs[1]])
-    refused(folder, "low=9.0", file="policy.json")
+    assert_refused(folder, "low=9.0", file="policy.json")
 
 
 @pytest.mark.parametrize("key", ["knobs", "observations", "hidden", "n_control_steps"])
@@ -182,14 +182,14 @@ def test_a_card_without_a_key_is_refused_by_name(folder, key):
     card = json.loads(path.read_text())
     del card[key]
     path.write_text(json.dumps(card))
-    refused(folder, key, file="policy.json")
+    assert_refused(folder, key, file="policy.json")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_weights_are_refused_by_name(folder, bad):
     weights = {**make_policy().weights, "bias_0": np.array([0, 0, bad, 0])}
     reseal(folder, save_tensors(weights))
-    refused(folder, "'bias_0' has non-finite values")
+    assert_refused(folder, "'bias_0' has non-finite values")
     with pytest.raises(PolicyError, match="'bias_0' has non-finite values"):
         make_policy(bias_0=weights["bias_0"])
 
@@ -206,14 +206,14 @@ def test_non_finite_weights_are_refused_by_name(folder, bad):
 )
 def test_weights_of_other_shapes_are_refused(folder, change):
     reseal(folder, save_tensors({**make_policy().weights, **change}))
-    refused(folder, "must have shapes", str(next(iter(change.values())).shape))
+    assert_refused(folder, "must have shapes", str(next(iter(change.values())).shape))
 
 
 def test_missing_weights_are_refused(folder):
     weights = make_policy().weights
     del weights["bias_1"]
     reseal(folder, save_tensors(weights))
-    refused(folder, "must have shapes")
+    assert_refused(folder, "must have shapes")
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0])
@@ -254,26 +254,26 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(folder, tmp_pat
     (folder / "weights.safetensors").write_bytes(blob)
     if sealed:
         reseal(folder, blob)
-    refused(folder, "unreadable weights" if sealed else "damaged")
+    assert_refused(folder, "unreadable weights" if sealed else "damaged")
     assert not marker.exists()
 
 
 def test_a_pickle_in_place_of_the_card_is_refused_and_not_run(folder, tmp_path):
     marker = tmp_path / "ran"
     (folder / "policy.json").write_bytes(pickle.dumps(Trap(marker)))
-    refused(folder, "not JSON", file="policy.json")
+    assert_refused(folder, "not JSON", file="policy.json")
     assert not marker.exists()
 
 
 def test_a_file_too_large_to_be_a_policy_is_refused(folder):
     with (folder / "weights.safetensors").open("wb") as file:
         file.truncate((64 << 20) + 1)
-    refused(folder, "larger than 64 MiB", file="weights.safetensors")
+    assert_refused(folder, "larger than 64 MiB", file="weights.safetensors")
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "policy").write_text("{}")
-    message = refused(tmp_path / "policy", file="policy.json")
+    message = assert_refused(tmp_path / "policy", file="policy.json")
     assert re.search("Not a directory", message)
 
 

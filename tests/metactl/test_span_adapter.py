@@ -120,6 +120,17 @@ def test_a_window_of_the_model_bounds_the_span():
     assert reached(model) == list(range(15))
 
 
+def test_a_window_that_did_not_follow_is_what_is_in_force():
+    """As compiled training leaves it: the config carries a span that the model's window is not."""
+    config = copy.deepcopy(FAMILIES["mistral"])
+    config.sliding_window, config.attention_span, config.attention_span_longest = 32, 5.5, 64.0
+    model = transformers.MistralForCausalLM(config).eval()
+    before = output(model)
+    span = span_of(model)
+    assert (span.read(), span.knob.high) == (32.0, 64.0)
+    assert torch.equal(output(model), before)
+
+
 def test_the_longest_sequence_is_that_of_the_example():
     model = build("llama")
     optimizer = torch.optim.AdamW(model.parameters())
