@@ -14,11 +14,9 @@ What is finished is in FILE at once; started again, the same command goes on fro
 
 import json
 import math
-import multiprocessing
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.pool import in_processes
 from benchmarks.population import commit, machine
 from metactl import AttachError, Controller, PolicyError
 from metactl.files import write_atomically
@@ -186,22 +185,6 @@ def compare(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def _finished(
-    jobs: list[tuple[str, int]], options: Options
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
-        waiting = {pool.submit(run_arm, arm, seed, options): (arm, seed) for arm, seed in jobs}
-        try:
-            for future in as_completed(waiting):
-                yield (*waiting[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     settings = {k: v for k, v in asdict(options).items() if k not in ("json", "workers", "seeds")}
@@ -210,8 +193,10 @@ def main() -> None:
         Controller.from_pretrained(options.policy)
         if options.json.exists():
             earlier = json.loads(options.json.read_text())
-            if earlier["settings"] != settings:
-                raise ValueError(f"{options.json} holds results of other settings: delete it")
+            if not isinstance(earlier, dict) or earlier.get("settings") != settings:
+                raise ValueError(
+                    f"{options.json} holds something else, or other settings: delete it"
+                )
             runs = earlier["runs"]
     except (PolicyError, AttachError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -222,7 +207,11 @@ def main() -> None:
     report = {"settings": settings, "machine": machine(), "commit": commit(), "runs": runs}
     with bar("Llamas") as progress:
         progress(len(jobs) - len(left), len(jobs), "")
-        for arm, seed, result in _finished(left, options):
+        arguments = {(arm, seed): (arm, seed, options) for arm, seed in left}
+        finished = in_processes(
+            run_arm, arguments, options.workers, partial(torch.set_num_threads, 1)
+        )
+        for (arm, seed), result in finished:
             runs[f"{arm}, seed {seed}"] = result
             write_atomically(options.json, (json.dumps(report, indent=1) + "\n").encode())
             progress(len(runs), len(jobs), arm)

@@ -16,18 +16,17 @@ What is finished is in FILE at once; started again, the same command goes on fro
 
 import json
 import math
-import multiprocessing
 import platform
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from benchmarks.pool import in_processes
 from benchmarks.rotation.compare import comparison
 from benchmarks.rotation.cost import givens_cost
 from benchmarks.rotation.jobs import Job, all_jobs, prepare_torch, prepare_worker, run_job
@@ -134,23 +133,13 @@ def _measured(
     if not jobs:
         return
     total, done = sum(job.seconds for job in jobs), 0.0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, prepare_worker) as pool:
-        waiting = {
-            pool.submit(run_job, job.name, options.seeds, options.steps): job for job in jobs
-        }
-        try:
-            progress(0, round(total), f"{len(jobs)} to do")
-            for count, future in enumerate(as_completed(waiting), start=1):
-                job = waiting[future]
-                yield job.name, future.result()
-                done += job.seconds
-                progress(round(done), round(total), f"{count} of {len(jobs)}, {job.name}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    arguments = {job: (job.name, options.seeds, options.steps) for job in jobs}
+    progress(0, round(total), f"{len(jobs)} to do")
+    finished = in_processes(run_job, arguments, options.workers, prepare_worker)
+    for count, (job, result) in enumerate(finished, start=1):
+        yield job.name, result
+        done += job.seconds
+        progress(round(done), round(total), f"{count} of {len(jobs)}, {job.name}")
 
 
 def _text(report: dict[str, Any]) -> str:

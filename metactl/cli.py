@@ -194,17 +194,21 @@ def _evaluate(command: Evaluate) -> int:
 def _sweep(command: Sweep) -> int:
     from metactl.config import dump, find_config, parse_assignment, read_config
     from metactl.progress import bar, console
-    from metactl.rundir import open_run_directory
+    from metactl.rundir import discard_if_refused, open_run_directory
     from metactl.sweep.config import SweepConfig, described, plan
 
     changes = dict(parse_assignment(text) for text in command.set)
     config = read_config(SweepConfig, find_config(command.config), changes)
     trials = plan(config)
+    from metactl.sweep.trial import check_trial
+
+    for trial in trials:
+        check_trial(trial)
     needs = f"{config.resources.cpu:g} CPU and {config.resources.gpu:g} GPU each"
     if command.dry_run:
         print(f"{len(trials)} trials, {needs}")
         for trial in trials:
-            print(f"  {trial.name}  {described(trial)}")
+            print(f"  {trial.name}  {described(trial.changes)}")
         return 0
     begun = (command.run_dir / "config.yaml").exists()
     root = open_run_directory(command.run_dir, "sweep", dump(config), resume=begun)
@@ -212,7 +216,7 @@ def _sweep(command: Sweep) -> int:
     from metactl.sweep.run import run_sweep
 
     print(f"{len(trials)} trials, {needs}; stopped, the same command goes on")
-    with bar("Sweep") as progress:
+    with discard_if_refused(root), bar("Sweep") as progress:
         outcome = run_sweep(config, trials, root, address=command.address, progress=progress)
     write_report(config, trials, outcome, root)
     console().print(result_table(outcome))
@@ -220,6 +224,11 @@ def _sweep(command: Sweep) -> int:
         print(f"Failed: {name}: {why}", file=sys.stderr)
     if outcome.stopped:
         print(f"Stopped early by the scheduler: {', '.join(outcome.stopped)}")
+    if outcome.left:  # Tune takes Ctrl-C for itself, and ends as if all were done
+        print(f"Stopped with {len(outcome.left)} trials left; the same command goes on")
+        return 130
+    if not outcome.results:
+        return 1
     print(f"Results: {root / 'results.csv'}   Picture: {root / 'search.png'}")
     policy = root / "policy"
     following = [f"metactl evaluate --policy {policy}"] if policy.exists() else []

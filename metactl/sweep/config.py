@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from metactl.config import ConfigError, TrainConfig, find_config, read_config
+from metactl.rundir import resolve_data
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -124,14 +125,20 @@ class Trial:
     Args:
         name: Says which, and is the same in every start of the same sweep.
         changes: By key: the value.
+        recipe: Of kind `"train"`: all that it runs, with absolute paths; a trial may run anywhere.
+        options: Of kind `"apply"`: those of the environment.
+        policy: Of kind `"apply"`: its absolute folder, or the name of one that ships.
     """
 
     name: str
     changes: dict[str, Any]
+    recipe: TrainConfig | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
 
 
 def plan(config: SweepConfig) -> list[Trial]:
-    """All trials, in order; each is checked as far as its configuration goes.
+    """All trials, in order, each with what it needs; files and keys are checked.
 
     Raises:
         ConfigError: If a key or value does not fit.
@@ -144,33 +151,38 @@ def plan(config: SweepConfig) -> list[Trial]:
         for _ in range(config.samples if drawn else 1):
             changes = dict(zip(grids, point, strict=True))
             changes |= {key: r.draw(rng) for key, r in drawn.items()}
-            trials.append(Trial(name=_name(len(trials), changes), changes=changes))
-    for trial in trials:
-        if config.kind == "train":
-            train_config(config, trial)
+            trials.append(_trial(config, len(trials), changes))
     return trials
 
 
-def train_config(config: SweepConfig, trial: Trial) -> TrainConfig:
-    """What a trial of kind `"train"` runs: in its own process, without workers."""
-    changes = {**trial.changes, "environment.n_workers": 0}
+def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
+    text = json.dumps(changes, sort_keys=True, default=str)
+    name = f"{index:03d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     try:
-        return read_config(TrainConfig, find_config(config.recipe), changes)
+        if config.kind == "train":
+            return Trial(name=name, changes=changes, recipe=_recipe(config.recipe, changes))
+        options = resolve_data(dict(changes))
+        policy = Path(options.pop("policy", config.policy))
+        located = str(policy.resolve() if policy.is_dir() else policy)
+        return Trial(name=name, changes=changes, options=options, policy=located)
     except ConfigError as error:
-        raise ConfigError(f"trial {trial.name} ({described(trial)}): {error}") from error
+        raise ConfigError(f"trial {name} ({described(changes)}): {error}") from error
 
 
-def described(trial: Trial) -> str:
+def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
+    """A trial is one process, so its runs are in it."""
+    path, here = find_config(recipe), {"environment.n_workers": 0}
+    config = read_config(TrainConfig, path, changes | here)
+    options = {"environment.options": resolve_data(config.environment.options)}
+    return read_config(TrainConfig, path, changes | here | options)
+
+
+def described(changes: dict[str, Any]) -> str:
     """`ppo.learning_rate=0.001, seed=3`."""
     return ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in trial.changes.items()
+        for key, value in changes.items()
     )
-
-
-def _name(index: int, changes: dict[str, Any]) -> str:
-    text = json.dumps(changes, sort_keys=True, default=str)
-    return f"{index:03d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def trial_folder(root: Path, trial: str) -> Path:

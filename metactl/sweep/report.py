@@ -29,6 +29,7 @@ def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, roo
             "results": outcome.results,
             "stopped": outcome.stopped,
             "failed": outcome.failed,
+            "left": outcome.left,
             "planned": len(trials),
         },
     )

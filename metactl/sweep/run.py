@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from metactl.progress import Progress
 from metactl.sweep.config import Resources, SweepConfig, Trial, trial_folder
 from metactl.sweep.trial import read_result, run_trial
 
+_PATIENCE = 10.0  # seconds for a cluster to answer
 _STOPPED = "stopped.txt"  # in the folder of a trial that the scheduler gave up
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,11 +43,13 @@ class Outcome:
         results: Of those that finished, best first.
         stopped: Names of those that the scheduler gave up.
         failed: Why, by name, of those that failed too often.
+        left: Names of those that an interruption left to be done.
     """
 
     results: list[dict[str, Any]]
     stopped: list[str]
     failed: dict[str, str]
+    left: list[str]
 
 
 def run_sweep(
@@ -80,6 +84,7 @@ def run_sweep(
         results=sorted(found, key=lambda result: -result["score"]),
         stopped=[t.name for t in trials if (trial_folder(root, t.name) / _STOPPED).exists()],
         failed=failed,
+        left=[t.name for t in trials if not (_is_over(root, t) or t.name in failed)],
     )
 
 
@@ -95,13 +100,13 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": _short_folder()}
+    if address:
+        _require_answer(address)
+    scratch = None if address else _short_folder()
+    local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": scratch} if scratch else {}
     try:
         ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else local),
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"cluster at {address!r}" if address else "local cluster"
@@ -110,8 +115,19 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
-        if not address:
-            shutil.rmtree(local["_temp_dir"], ignore_errors=True)
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_answer(address: str) -> None:
+    """Refuses a HOST:PORT where nobody listens; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and the like, which Ray looks up
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"No Ray cluster at {address!r}: {error}") from error
 
 
 def _short_folder() -> str:

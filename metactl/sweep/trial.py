@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from metactl.checkpoint import load_newest_checkpoint
+from metactl.config import ConfigError
 from metactl.controllers import Static
 from metactl.deployment import deployment
 from metactl.evaluate import Arm, play_arms, policy_arm, summarise
@@ -19,8 +20,9 @@ from metactl.files import write_atomically
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.shards import ShardRow
-from metactl.sweep.config import SweepConfig, Trial, train_config, trial_folder
-from metactl.train import train
+from metactl.sweep.config import SweepConfig, Trial, described, trial_folder
+from metactl.train import build_shards, train
+from metactl.vec_env import ShardVecEnv
 
 RESULT = "result.json"
 _N_ENVS = 16
@@ -47,17 +49,34 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
         return done
     torch.set_num_threads(max(1, int(config.resources.cpu)))
     folder.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {}
-    if config.kind == "train":
+    if trial.recipe is not None:
         begun = load_newest_checkpoint(folder / "checkpoints") is not None
-        policy = train(train_config(config, trial), folder, resume=begun, report=report)
+        policy = train(trial.recipe, folder, resume=begun, report=report)
     else:
-        options = dict(trial.changes)
-        policy = Policy.load(options.pop("policy", config.policy))
-    result = {"trial": trial.name, "changes": trial.changes, **_score(config, policy, options)}
+        policy = Policy.load(trial.policy)
+    score = _score(config, policy, trial.options)
+    result = {"trial": trial.name, "changes": trial.changes, **score}
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / RESULT, text.encode())
     return result
+
+
+def check_trial(trial: Trial) -> None:
+    """Builds what a trial runs on, so that what it refuses is refused before anything starts.
+
+    Raises:
+        ValueError: In the words of whatever refuses it.
+    """
+    try:
+        if trial.recipe is not None:
+            with build_shards(trial.recipe) as shards:
+                ShardVecEnv(shards, trial.recipe.ppo.paired_runs)
+        else:
+            env_id, options = deployment(Policy.load(trial.policy), **trial.options)
+            ShardRow(env_id, 1, options, 0).close()
+    except ValueError as error:
+        where = f"trial {trial.name} ({described(trial.changes)})"
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from metactl.config import ConfigError, parse
 from metactl.sweep.config import Resources, SweepConfig, plan, trial_folder
-from metactl.sweep.trial import read_result, run_trial
+from metactl.sweep.trial import check_trial, read_result, run_trial
 
 TINY = {
     "environment.options.horizon": 40,
@@ -160,6 +161,47 @@ def test_a_trial_for_which_there_is_never_room_is_refused():
         check_resources(Resources(gpu=0.5), {"CPU": 2.0})
 
 
+def test_an_address_where_nobody_listens_is_refused():
+    from metactl.sweep.run import cluster
+
+    with socket.socket() as free:  # bound, but not listening
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"No Ray cluster at '{address}'"), cluster(address):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("space", "parts"),
+    [
+        ({"environment.options.d_modle": {"grid": [8]}}, ["d_modle", "Did you mean 'd_model'"]),
+        ({"ppo.paired_runs": {"grid": [3]}}, ["paired_runs must divide the 4 runs", "got 3"]),
+        ({"environment.options.data": {"grid": ["/nowhere"]}}, ["'/nowhere' does not exist"]),
+    ],
+)
+def test_what_a_trial_would_refuse_is_refused_before_anything_starts(tmp_path, space, parts):
+    with pytest.raises(ConfigError, match="trial 000-") as error:
+        for trial in plan(sweep(tmp_path, space)):
+            check_trial(trial)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_policy_that_is_not_there_is_refused_before_anything_starts(tmp_path):
+    config = sweep(tmp_path, {"d_model": {"grid": [8]}}, kind="apply", policy="defualt")
+    with pytest.raises(ConfigError, match=r"trial 000-.*Did you mean 'default'"):
+        check_trial(*plan(config))
+
+
+def test_a_trial_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (trial,) = plan(sweep(tmp_path, {"environment.options.data": {"grid": ["text"]}}))
+    assert trial.recipe.environment.options["data"] == str(tmp_path / "text")
+    config = sweep(tmp_path, {"d_model": {"grid": [8]}}, kind="apply", policy="text")
+    assert plan(config)[0].policy == str(tmp_path / "text")
+
+
 def start(tmp_path, run_dir):
     config = tmp_path / "sweep.yaml"
     values = {
@@ -215,3 +257,25 @@ def test_a_sweep_whose_driver_was_killed_goes_on_and_ends_the_same(tmp_path):
         assert (tmp_path / "parts" / "policy" / name).read_bytes() == (best / name).read_bytes()
     assert (tmp_path / "parts" / "search.png").stat().st_size > 5_000
     assert list((tmp_path / "parts" / "tb").glob("*/events*"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path):
+    sweep(tmp_path, {"seed": {"grid": [1]}})
+    recipe = tmp_path / "recipe.yaml"
+    longer = json.loads(recipe.read_text())
+    longer["ppo"]["total_timesteps"] = 64_000
+    recipe.write_text(json.dumps(longer))
+    run = start(tmp_path, tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("trials/*/checkpoints/step-*0")):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)  # learning is under way
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert "Stopped with 3 trials left; the same command goes on" in out
+    assert "Traceback" not in out + err
+    assert not list((tmp_path / "run").glob("trials/*/stopped.txt"))
