@@ -68,7 +68,7 @@ def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
     torch.set_num_threads(1)
     clear_demo(run_dir)
     run_dir = open_run_directory(run_dir, "demo", dump(config))
-    say("1/3  PPO learns on small transformers to move four knobs while they train.")
+    say("1/3  PPO learns on small transformers to move their knobs while they train.")
     with bar("Training the controller") as progress:
         policy = train(config, run_dir, progress=progress)
     trained = time.monotonic()
