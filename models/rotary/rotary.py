@@ -228,12 +228,12 @@ class Rotary(nn.Module):
         return self.config.scaling != "dynamic" or max(before, trained) == max(seq, trained)
 
     def penalty(self, gate: Float[Tensor, "replica head"]) -> Float[Tensor, " replica"]:
-        """||R R^T - I||_F^2 averaged over the model's rotations; 0 where there is no R.
+        """||R R^T - I||_F^2 averaged over the model's rotations; 0 where R cannot leave them.
 
         Args:
             gate: How far each head is open; closed ones do not count.
         """
-        if self.orthogonal is None:
+        if self.orthogonal is None or self.orthogonal.parametrisation != "free":
             return torch.zeros_like(self._position_scale)
         defect = orthogonality_defect(self.orthogonal()).mean(1)
         return (defect * gate).sum(1) / gate.sum(1)
