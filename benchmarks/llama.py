@@ -137,7 +137,7 @@ def run_arm(arm: str, seed: int, options: Options) -> dict[str, Any]:
     probes, decisions = [], []
     for step in range(options.steps):
         starts = task.train_start + rng.integers(
-            0, task.train_bytes - options.context, options.batch_size
+            0, task.train_tokens - options.context, options.batch_size
         )
         batch = text[starts[:, None] + window]
         loss = model(input_ids=batch, labels=batch).loss

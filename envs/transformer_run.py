@@ -1,4 +1,4 @@
-"""Adaptive transformers learning text: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
+"""Adaptive transformers that learn: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,134 +6,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
-from envs.knobs import OPTIMIZER_KNOBS, USUAL_KNOBS, knobs_of
-from envs.tasks import TextFamily, TextTask, load_corpus
-from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
+from envs.disturbances import Disturbances
+from envs.knobs import OPTIMIZER_KNOBS
+from envs.reader import Reader
+from envs.run_config import RunConfig
+from envs.tasks import Task, build_family
+from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
 from metactl.knobs import Knob
 from metactl.run import FloatArray, Measurement, TrainingRun
-from models import (
-    AdaptiveTransformer,
-    Noise,
-    TransformerConfig,
-    cross_entropy,
-    hashed_integers,
-    training_flops,
-)
+from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, training_flops
 
 _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class RunConfig:
-    """One recipe for training adaptive transformers on text.
-
-    Args:
-        data: File or folder of text; the Python standard library's sources without one.
-        d_model: Channels at full width.
-        n_layers: Blocks.
-        n_heads: Attention heads at full width.
-        context: Tokens (bytes) per sequence.
-        feed_forward: `"gelu"` or `"swiglu"`.
-        rotation: Rotation variants by name, joined by `+`, or fields (see `models.rotary`).
-        batch_size: Sequences per optimizer step.
-        horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
-        unique_bytes: Range of the unique training data, in bytes, drawn log-uniformly.
-        learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
-            each run draws its own log-uniformly.
-        warmup: Share of the horizon spent warming up.
-        final_learning_rate: Learning rate at the end, as a share of the peak.
-        weight_decay: Decoupled decay of matrices and embeddings.
-        max_gradient_norm: Clipping threshold, per replica.
-        beta2: Decay of AdamW's second moment.
-        default_dropout: Dropout of a run that nobody controls.
-        knobs: What a controller can move; besides the usual four `learning_rate_multiplier`,
-            `weight_decay`, `position_scale`, `rotation_strength` (with Givens rotations) and
-            `orthogonality_weight` (with a free matrix). A base that does not exist is left out.
-        device: Torch device, such as `"cpu"` or `"cuda"`.
-        dtype: `"float32"`, or `"float64"` for exact comparisons.
-    """
-
-    data: str | None = None
-    d_model: int = 32
-    n_layers: int = 2
-    n_heads: int = 4
-    context: int = 32
-    feed_forward: str = "gelu"
-    rotation: str | dict[str, Any] = "rope"
-    batch_size: int = 8
-    horizon: int | tuple[int, int] = 400
-    unique_bytes: tuple[int, int] = (1_500, 1_000_000)
-    learning_rate: float | tuple[float, float] = 8e-3
-    warmup: float = 0.1
-    final_learning_rate: float = 0.1
-    weight_decay: float = 0.1
-    max_gradient_norm: float = 1.0
-    beta2: float = 0.99
-    default_dropout: float = 0.1
-    knobs: tuple[str, ...] = USUAL_KNOBS
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        low, high = self.horizon_range
-        if not 1 <= low <= high:
-            raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
-        slow, fast = self.learning_rate_range
-        if not 0 < slow <= fast < math.inf:
-            raise ValueError(
-                f"learning_rate must be above 0 and finite, low <= high in a range, "
-                f"got {self.learning_rate}"
-            )
-        for name in ("batch_size", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
-        if self.context < 2:
-            raise ValueError(f"context must be at least 2 tokens, got {self.context}")
-        for name in ("beta2", "final_learning_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        self.chosen_knobs()  # refuses shapes and knobs that do not fit together
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device must be a torch device, got {self.device!r}") from error
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} is not available: torch finds no GPU")
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
-
-    @property
-    def horizon_range(self) -> tuple[int, int]:
-        return (self.horizon,) * 2 if isinstance(self.horizon, int) else self.horizon
-
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        rate = self.learning_rate
-        return rate if isinstance(rate, tuple) else (rate, rate)
-
-    def chosen_knobs(self) -> tuple[Knob, ...]:
-        return knobs_of(self.transformer(), self.knobs, self.default_dropout, self.weight_decay)
-
-    def transformer(self) -> TransformerConfig:
-        return TransformerConfig(
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            context=self.context,
-            feed_forward=self.feed_forward,
-            rotation=self.rotation,
-        )
+_TASK_ROWS = ("train_start", "train_tokens", "probe", "test")
+_LATER = "later_"  # the task that a run switches to
 
 
 def build_run(n_runs: int, options: Mapping[str, Any]) -> "AdaptiveTransformerRun":
@@ -160,37 +50,43 @@ class AdaptiveTransformerRun(TrainingRun):
         self.optimizer = ReplicatedAdamW(
             self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm
         )
-        self.family = TextFamily(load_corpus(config.data), config.context, config.unique_bytes)
-        self._text = torch.from_numpy(self.family.corpus.data.copy()).to(self.device)
+        self.family = build_family(config.task, config.data, config.context, config.unique_bytes)
+        self._reader = Reader(self.family, config.context, self.device)
+        self.disturbances = Disturbances(config.disturbances, config.disturb, n_runs, self.device)
         self._knobs = config.chosen_knobs()
         self._allocate_rows()
         self.draw_horizon(0)
 
     def _allocate_rows(self) -> None:
-        n, device, window = self.n_runs, self.device, self.config.context + 1
-
         def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(n, *shape, dtype=dtype, device=device)
+            return torch.zeros(self.n_runs, *shape, dtype=dtype, device=self.device)
+
+        def task() -> dict[str, Tensor]:
+            return {
+                "train_start": integers(),
+                "train_tokens": integers() + self.config.context + 1,
+                "probe": integers(PROBE_SEQUENCES),
+                "test": integers(TEST_SEQUENCES),
+            }
 
         self._rows: dict[str, Tensor] = {
             "seed": integers(),
             "step": integers(),
-            "train_start": integers(),
-            "train_bytes": integers() + window,
-            "probe": integers(PROBE_SEQUENCES, window),
-            "test": integers(TEST_SEQUENCES, window),
+            **task(),
+            **{_LATER + name: tensor for name, tensor in task().items()},
             "peak": integers(dtype=torch.float64),
             "learning_rate_multiplier": integers(dtype=torch.float64),
             "weight_decay": integers(dtype=torch.float64),
             "flops": integers(dtype=torch.float64),
             "diverged": integers(dtype=torch.bool),
+            **self.disturbances.rows,
         }
 
     @property
     def knobs(self) -> Sequence[Knob]:
         return self._knobs
 
-    def sample_task(self, seed: int, split: str = "meta_train") -> TextTask:
+    def sample_task(self, seed: int, split: str = "meta_train") -> Task:
         return self.family.sample(seed, split)
 
     def draw_horizon(self, seed: int) -> None:
@@ -203,15 +99,12 @@ class AdaptiveTransformerRun(TrainingRun):
     @torch.no_grad()
     def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:
         rows = list(rows)
-        window = torch.arange(self.config.context + 1, device=self.device)
         for row, task, seed in zip(rows, tasks, seeds, strict=True):
             self._rows["seed"][row] = seed
             self._rows["peak"][row] = self._drawn_peak(seed)
-            self._rows["train_start"][row] = task.train_start
-            self._rows["train_bytes"][row] = task.train_bytes
-            for split in ("probe", "test"):
-                starts = torch.from_numpy(getattr(task, split)).to(self.device)
-                self._rows[split][row] = self._text[starts[:, None] + window].long()
+            self._assign(row, task)
+            if self.disturbances.draw(row, seed, self.horizon):
+                self._assign(row, self.family.unlike(task, seed), _LATER)
         for name in ("step", "flops", "diverged"):
             self._rows[name][rows] = 0
         keys = torch.tensor(list(seeds), dtype=torch.int64)
@@ -228,6 +121,11 @@ class AdaptiveTransformerRun(TrainingRun):
             rows,
         )
         self.model.knobs.settle_gates(rows)
+
+    def _assign(self, row: int, task: Task, when: str = "") -> None:
+        for name in _TASK_ROWS:
+            value = torch.as_tensor(getattr(task, name), device=self.device)
+            self._rows[when + name][row] = value
 
     def _drawn_peak(self, seed: int) -> float:
         low, high = self.config.learning_rate_range
@@ -273,7 +171,7 @@ class AdaptiveTransformerRun(TrainingRun):
                 self._rows["flops"],
                 self._rows["diverged"].double(),
                 self._rows["step"].double(),
-                self._rows["train_bytes"].double(),
+                self._rows["train_tokens"].double(),
             )
         )
         mean, std, norm_mean, ratio, ratio_max, spent, diverged, step, unique = packed.cpu().numpy()
@@ -293,32 +191,49 @@ class AdaptiveTransformerRun(TrainingRun):
         )
 
     def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        tokens = self._batch()
-        seeds = self._rows["seed"] ^ (_NOISE_STREAM << 56)
-        logits = self.model(tokens[..., :-1], Noise(seeds, self._rows["step"]))
-        loss = cross_entropy(logits, tokens[..., 1:])
+        rows = self._rows
+        if self.config.disturb:
+            self._befall()
+        tokens, counted = self._reader.read(self._batch())
+        targets = tokens[..., 1:]
+        if self.config.disturb:
+            vocabulary = self.family.vocabulary
+            targets = self.disturbances.spoil(targets, rows["step"], rows["seed"], vocabulary)
+        logits = self.model(
+            tokens[..., :-1], Noise(rows["seed"] ^ (_NOISE_STREAM << 56), rows["step"])
+        )
+        loss = cross_entropy(logits, targets, counted)
         (loss.sum() + self.model.penalty().sum()).backward()
         norm, ratios = self.optimizer.step(
             self._learning_rate(),
-            self._rows["weight_decay"],
+            rows["weight_decay"],
             self.model.knobs.gates > 0,
             measure=measure,
         )
-        self._rows["step"] += 1
+        rows["step"] += 1
         return loss.detach(), norm, ratios
 
     def _batch(self) -> Tensor:
-        """Windows of each row's data, by its seed and step: `[n_runs, batch, context + 1]`."""
-        rows, window = self._rows, self.config.context + 1
-        places = torch.arange(self.config.batch_size, device=self.device)
-        starts = rows["train_start"][:, None] + hashed_integers(
-            (rows["train_bytes"] - window + 1)[:, None],
+        """Where the sequences of the next step begin, by each run's seed and step."""
+        rows = self._rows
+        return self._reader.draw(
+            rows["train_start"],
+            rows["train_tokens"],
             (rows["seed"] ^ (_DATA_STREAM << 56))[:, None],
             rows["step"][:, None],
-            places,
+            torch.arange(self.config.batch_size, device=self.device),
         )
-        windows = self._text.as_strided((len(self._text) - window + 1, window), (1, 1))
-        return windows.index_select(0, starts.flatten()).long().view(self.n_runs, -1, window)
+
+    @torch.no_grad()
+    def _befall(self) -> None:
+        """What disturbs a run before a step: its task changes, or its weights."""
+        step, seeds = self._rows["step"], self._rows["seed"]
+        switched = self.disturbances.active("switch", step)
+        for name in _TASK_ROWS:
+            now, later = self._rows[name], self._rows[_LATER + name]
+            mask = switched.view(-1, *(1,) * (now.ndim - 1))
+            now.copy_(torch.where(mask, later, now))
+        self.disturbances.kick_(self.optimizer.values, step, seeds)
 
     def _learning_rate(self) -> Tensor:
         """Linear warm-up, then cosine decay to `final_learning_rate` of the peak; multiplied."""
@@ -328,14 +243,15 @@ class AdaptiveTransformerRun(TrainingRun):
         phase = ((progress - config.warmup) / (1 - config.warmup)).clamp(0, 1)
         low = config.final_learning_rate
         decay = low + (1 - low) * (1 + torch.cos(math.pi * phase)) / 2
-        return self._rows["peak"] * self._rows["learning_rate_multiplier"] * warm * decay
+        rate = self._rows["peak"] * self._rows["learning_rate_multiplier"] * warm * decay
+        return rate * self.disturbances.rate(self._rows["step"]) if config.disturb else rate
 
     @torch.no_grad()
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
         if split not in ("probe", "test"):
             raise ValueError(f"Unknown split {split!r}. Known: probe, test")
-        tokens = self._rows[split]
-        loss = cross_entropy(self.model(tokens[..., :-1]), tokens[..., 1:]).double()
+        tokens, counted = self._reader.read(self._rows[split])
+        loss = cross_entropy(self.model(tokens[..., :-1]), tokens[..., 1:], counted).double()
         return loss.cpu().numpy()[slice(None) if rows is None else list(rows)]
 
     # What it costs, and what there is to keep ------------------------------------------------
@@ -381,7 +297,9 @@ class AdaptiveTransformerRun(TrainingRun):
 
     def sample(self, row: int, n_tokens: int) -> str:
         """Continues the start of a test sequence; bytes that are no UTF-8 show as U+FFFD."""
-        prompt = self._rows["test"][row, :1, :_PROMPT_BYTES]
+        if self.config.task != "text":
+            raise TypeError(f"task {self.config.task!r} is no text")
+        prompt = self._reader.read(self._rows["test"][row : row + 1, :1])[0][0, :, :_PROMPT_BYTES]
         generator = torch.Generator(self.device).manual_seed(int(self._rows["seed"][row]))
         model = self.export(row)
         if model.config.rotary.static_matrices:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -11,27 +11,40 @@ class _CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy per replica; saves log-probabilities, and its gradient is two passes."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
         log_p = torch.log_softmax(logits, dim=-1)
-        ctx.save_for_backward(log_p, targets)
-        return -log_p.gather(-1, targets[..., None]).squeeze(-1).mean(dim=1)
+        ctx.save_for_backward(log_p, targets, weight)
+        losses = -log_p.gather(-1, targets[..., None]).squeeze(-1)
+        return losses.mean(dim=1) if weight is None else (losses * weight).sum(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        log_p, targets = ctx.saved_tensors
-        scale = (grads[0] / log_p.shape[1])[:, None, None]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        log_p, targets, weight = ctx.saved_tensors
+        share = 1 / log_p.shape[1] if weight is None else weight[..., None]
+        scale = grads[0][:, None, None] * share
         grad = log_p.exp().mul_(scale)
         grad.scatter_add_(-1, targets[..., None], -scale.expand(*targets.shape, 1))
-        return grad, None
+        return grad, None, None
 
 
 def cross_entropy(
-    logits: Float[Tensor, "replica batch seq vocab"], targets: Int[Tensor, "replica batch seq"]
+    logits: Float[Tensor, "replica batch seq vocab"],
+    targets: Int[Tensor, "replica batch seq"],
+    counted: Bool[Tensor, "replica batch seq"] | None = None,
 ) -> Float[Tensor, " replica"]:
     """Mean cross-entropy of each replica, nats per token.
 
     Computed in float32 at least. Several times less work than `F.cross_entropy` with
     `reduction="none"` on a CPU, whose backward fills and scatters over the whole vocabulary.
+
+    Args:
+        logits: Of the next token.
+        targets: The tokens that came next.
+        counted: Which of them count; all by default. A replica without any has a loss of 0.
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return _CrossEntropy.apply(precise.flatten(1, 2), targets.flatten(1))
+    precise = (logits if logits.dtype == torch.float64 else logits.float()).flatten(1, 2)
+    weight = None
+    if counted is not None:
+        weight = counted.flatten(1).to(precise.dtype)
+        weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    return _CrossEntropy.apply(precise, targets.flatten(1), weight)

@@ -61,7 +61,7 @@ def _stacked(examples: list[Examples]) -> tuple[Tensor, Tensor]:
 def _text(family: TextFamily, seed: int, n: int) -> tuple[Examples, Examples]:
     task, data = family.sample(seed, "meta_train"), family.corpus.data
     rng = np.random.default_rng([seed, 0xDA7A])
-    starts = task.train_start + rng.integers(0, task.train_bytes - family.context, n)
+    starts = task.train_start + rng.integers(0, task.train_tokens - family.context, n)
     window = np.arange(family.context + 1)
 
     def examples(first: NDArray[np.int64]) -> Examples:

@@ -1,16 +1,54 @@
 """Task families: what the transformers of an environment learn."""
 
+from collections.abc import Callable
+
 from envs.tasks.corpus import Corpus, load_corpus, standard_library
 from envs.tasks.digits import digit_sequences
+from envs.tasks.family import Task, TaskFamily
 from envs.tasks.recall import associative_recall, induction, recall_sequences
-from envs.tasks.text import TextFamily, TextTask
+from envs.tasks.sequences import DigitsFamily, RecallFamily, WavesFamily
+from envs.tasks.text import TextFamily
 from envs.tasks.waves import wave_sequences
 
+FAMILIES: dict[str, type[TaskFamily]] = {
+    "text": TextFamily,
+    "recall": RecallFamily,
+    "digits": DigitsFamily,
+    "waves": WavesFamily,
+}
+
+
+def build_family(
+    task: str, data: str | None, context: int, unique_bytes: tuple[int, int]
+) -> TaskFamily:
+    """The family of a name in `FAMILIES`.
+
+    Args:
+        task: Its name.
+        data: File or folder of text, for `text` alone.
+        context: Tokens per sequence.
+        unique_bytes: Range of the training data's size, in tokens.
+
+    Raises:
+        ValueError: For a context that the family does not go with.
+    """
+    if task == "text":
+        return TextFamily(load_corpus(data), context, unique_bytes)
+    family: Callable[[int, tuple[int, int]], TaskFamily] = FAMILIES[task]
+    return family(context, unique_bytes)
+
+
 __all__ = [
+    "FAMILIES",
     "Corpus",
+    "DigitsFamily",
+    "RecallFamily",
+    "Task",
+    "TaskFamily",
     "TextFamily",
-    "TextTask",
+    "WavesFamily",
     "associative_recall",
+    "build_family",
     "digit_sequences",
     "induction",
     "load_corpus",

@@ -1,38 +1,25 @@
 """The task family `text`: byte-level language modelling with little or much unique data."""
 
 import math
-from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.tasks.corpus import Corpus
+from envs.tasks.family import (
+    PROBE_SEQUENCES,
+    TEST_SEQUENCES,
+    Task,
+    TaskFamily,
+    check_unique_bytes,
+    evenly,
+)
 
-PROBE_SEQUENCES = 16
-TEST_SEQUENCES = 48
-_GOLDEN = (5**0.5 - 1) / 2
 _HELD_OUT_SHARE = 0.3  # of a corpus too short for the full held-out stretch
 
 
-@dataclass(frozen=True)
-class TextTask:
-    """Data of one training run, as places in a corpus.
-
-    Args:
-        train_start: First training byte.
-        train_bytes: Unique training bytes.
-        probe: Starts of the `PROBE_SEQUENCES` probe sequences.
-        test: Starts of the `TEST_SEQUENCES` test sequences. Training data, probe and test share
-            no byte.
-    """
-
-    train_start: int
-    train_bytes: int
-    probe: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
-class TextFamily:
+class TextFamily(TaskFamily):
     """Draws text tasks: a stretch of the corpus to train on, the next one to be judged by.
 
     Windows of the held-out stretch go to probe and test in turn, so both see the same kind of
@@ -45,14 +32,16 @@ class TextFamily:
             the corpus has.
     """
 
+    vocabulary: ClassVar[int] = 256
+
     def __init__(self, corpus: Corpus, context: int, unique_bytes: tuple[int, int]) -> None:
+        check_unique_bytes(unique_bytes)
         low, high = unique_bytes
-        if not 0 < low <= high:
-            raise ValueError(f"unique_bytes must be 0 < low <= high, got {low}, {high}")
         self.corpus, self.context = corpus, context
+        self.data, self.counted, self.stride = corpus.data, None, 1
         self.unique_bytes = (max(low, context + 2), max(high, context + 2))
 
-    def sample(self, seed: int, split: str) -> TextTask:
+    def sample(self, seed: int, split: str) -> Task:
         """The task of a seed, from one part of the corpus.
 
         Raises:
@@ -71,14 +60,13 @@ class TextFamily:
                 f"Data {self.corpus.name!r} is too short: {end - first} bytes for {split}, and a "
                 f"context of {self.context} needs {math.ceil(2 * window / _HELD_OUT_SHARE)}"
             )
-        low, high = np.log(self.unique_bytes)
-        share = seed * _GOLDEN % 1.0  # consecutive seeds: evenly spread sizes
-        train_bytes = min(int(np.exp(low + share * (high - low)) + 1e-6), longest)
-        start = first + int(rng.integers(0, longest - train_bytes + 1))
-        windows = start + train_bytes + window * np.arange(held_out // window)
-        return TextTask(
+        train_tokens = min(int(evenly(seed, self.unique_bytes) + 1e-6), longest)
+        start = first + int(rng.integers(0, longest - train_tokens + 1))
+        windows = start + train_tokens + window * np.arange(held_out // window)
+        return Task(
+            split,
             start,
-            train_bytes,
+            train_tokens,
             probe=_spread(windows[0::2], PROBE_SEQUENCES),
             test=_spread(windows[1::2], TEST_SEQUENCES),
         )

@@ -33,7 +33,7 @@ def test_training_data_probe_and_test_share_no_byte_and_stay_in_their_part(
     tasks = family(size, context, (low, low + more))
     task = tasks.sample(seed, split)
     first, end = tasks.corpus.bounds(split)
-    train = set(range(task.train_start, task.train_start + task.train_bytes))
+    train = set(range(task.train_start, task.train_start + task.train_tokens))
     probe, test = (bytes_of(starts, context + 1) for starts in (task.probe, task.test))
     assert len(task.probe) == PROBE_SEQUENCES and len(task.test) == TEST_SEQUENCES
     assert not train & probe and not train & test and not probe & test
@@ -51,9 +51,9 @@ def test_tasks_of_the_two_parts_share_no_byte():
 
 def test_a_task_depends_on_its_seed_alone():
     first, again, other = (family().sample(seed, "meta_train") for seed in (5, 5, 6))
-    assert (first.train_start, first.train_bytes) == (again.train_start, again.train_bytes)
+    assert (first.train_start, first.train_tokens) == (again.train_start, again.train_tokens)
     assert np.array_equal(first.probe, again.probe) and np.array_equal(first.test, again.test)
-    assert (first.train_start, first.train_bytes) != (other.train_start, other.train_bytes)
+    assert (first.train_start, first.train_tokens) != (other.train_start, other.train_tokens)
 
 
 @pytest.mark.parametrize("first", [0, 17, 2**31 - 40])
@@ -61,14 +61,14 @@ def test_consecutive_seeds_spread_their_sizes_evenly(first):
     """Any 8 in a row: at least one in each quarter of the (logarithmic) range."""
     tasks = family(size=4_000_000, unique_bytes=(100, 1_000_000))
     for start in range(first, first + 30):
-        sizes = [tasks.sample(start + i, "meta_train").train_bytes for i in range(8)]
+        sizes = [tasks.sample(start + i, "meta_train").train_tokens for i in range(8)]
         quarters = {int(np.log10(size / 100.001) + 1e-9) for size in sizes}
         assert quarters == {0, 1, 2, 3}
 
 
 def test_sizes_are_log_uniform_over_the_range():
     tasks = family(size=4_000_000, unique_bytes=(100, 1_000_000))
-    sizes = np.array([tasks.sample(seed, "meta_train").train_bytes for seed in range(400)])
+    sizes = np.array([tasks.sample(seed, "meta_train").train_tokens for seed in range(400)])
     assert 100 <= sizes.min() and sizes.max() <= 1_000_000
     shares = np.histogram(np.log10(sizes), bins=4, range=(2, 6))[0] / 400
     assert np.all(np.abs(shares - 0.25) < 0.1)
@@ -76,13 +76,13 @@ def test_sizes_are_log_uniform_over_the_range():
 
 def test_a_range_of_one_size_gives_that_size():
     tasks = family(unique_bytes=(1_500, 1_500))
-    assert {tasks.sample(seed, "meta_train").train_bytes for seed in range(20)} == {1_500}
+    assert {tasks.sample(seed, "meta_train").train_tokens for seed in range(20)} == {1_500}
 
 
 def test_a_corpus_of_less_than_the_range_gives_what_it_has():
     tasks = family(size=4_000, unique_bytes=(10**6, 10**7))
     task = tasks.sample(0, "meta_train")
-    assert task.train_bytes == 3_000 - 900
+    assert task.train_tokens == 3_000 - 900
 
 
 @pytest.mark.parametrize("split", ["meta_train", "meta_test", "all"])

@@ -203,7 +203,7 @@ def test_an_exported_row_is_a_single_model_with_the_same_logits(start, dtype):
     run.advance(3)
     run.apply({"embedding_width": np.full(3, 0.75)})
     run.model.knobs.step_gates(0.4)
-    tokens = run._rows["test"][:, :5, :-1]
+    tokens = run._reader.read(run._rows["test"][:, :5])[0][..., :-1]
     with torch.no_grad():
         logits = run.model(tokens)
         for row in range(3):
@@ -229,18 +229,17 @@ def test_an_exported_model_is_apart_from_the_run(start):
 
 def test_batches_come_from_the_rows_own_training_bytes_and_never_from_probe_or_test(start):
     run = start(SEEDS)
-    run._text = torch.arange(len(run._text))  # each byte is its own place
     tasks = [run.sample_task(seed) for seed in SEEDS]
     seen = [set(), set(), set()]
     for _ in range(60):
-        for row, batch in enumerate(run._batch()):
-            seen[row] |= set(batch.flatten().tolist())
+        for row, starts in enumerate(run._batch().tolist()):
+            seen[row] |= {start + i for start in starts for i in range(17)}
         run._rows["step"] += 1
     for places, task in zip(seen, tasks, strict=True):
-        end = task.train_start + task.train_bytes
+        end = task.train_start + task.train_tokens
         assert min(places) >= task.train_start and max(places) < end
         held_out = {s + i for s in (*task.probe, *task.test) for i in range(17)}
-        assert not places & held_out and len(places) > 0.5 * min(task.train_bytes, 4_000)
+        assert not places & held_out and len(places) > 0.5 * min(task.train_tokens, 4_000)
 
 
 def test_evaluation_changes_no_state_and_ignores_dropout(start):
@@ -391,7 +390,7 @@ def test_a_measurement_counts_tokens_flops_and_relative_cost(start):
     assert full.tokens_seen.tolist() == [3 * 4 * 16] * 3
     assert full.flops.tolist() == pytest.approx((3 * cost).tolist())
     assert full.relative_cost.tolist() == [1.0] * 3
-    assert full.unique_tokens.tolist() == [run.sample_task(s).train_bytes for s in SEEDS]
+    assert full.unique_tokens.tolist() == [run.sample_task(s).train_tokens for s in SEEDS]
     run.apply({"embedding_width": np.array([0.5, 1.0, 1.0]), "attention_span": np.full(3, 4.0)})
     later = run.advance(2)
     assert later.relative_cost[0] < later.relative_cost[1] < 1

@@ -72,3 +72,27 @@ def test_a_nan_in_one_replica_leaves_the_others_losses_and_gradients():
     assert loss[1].isnan()
     for row in (0, 2):
         assert torch.equal(loss[row], clean[row]) and torch.equal(grad[row], clean_grad[row])
+
+
+def test_only_what_counts_is_in_the_loss_and_its_gradient():
+    logits, targets = draw()
+    counted = torch.rand(targets.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    ours = cross_entropy(logits, targets, counted)
+    for row in range(3):
+        chosen = counted[row]
+        wanted = F.cross_entropy(logits[row][chosen], targets[row][chosen])
+        torch.testing.assert_close(ours[row], wanted)
+        grad, wanted_grad = (
+            torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours[row], wanted)
+        )
+        torch.testing.assert_close(grad, wanted_grad)
+
+
+def test_a_replica_of_which_nothing_counts_has_no_loss_and_no_gradient():
+    logits, targets = draw()
+    counted = torch.ones(targets.shape, dtype=torch.bool)
+    counted[1] = False
+    loss = cross_entropy(logits, targets, counted)
+    loss.sum().backward()
+    assert loss[1] == 0 and loss[0] > 0
+    assert torch.count_nonzero(logits.grad[1]) == 0 and torch.count_nonzero(logits.grad[0]) > 0

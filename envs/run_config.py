@@ -1,0 +1,136 @@
+"""One recipe for training adaptive transformers: what `RunConfig` holds, checked in words."""
+
+import math
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from envs.disturbances import KINDS
+from envs.knobs import USUAL_KNOBS, knobs_of
+from envs.tasks import FAMILIES
+from metactl.knobs import Knob, unknown_name
+from models import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class RunConfig:
+    """One recipe for training adaptive transformers.
+
+    Args:
+        task: What they learn: `"text"`, `"recall"`, `"digits"` or `"waves"` (see `envs.tasks`).
+        data: File or folder of text; the Python standard library's sources without one.
+        d_model: Channels at full width.
+        n_layers: Blocks.
+        n_heads: Attention heads at full width.
+        context: Tokens (bytes of text) per sequence; 64 for `"digits"`.
+        feed_forward: `"gelu"` or `"swiglu"`.
+        rotation: Rotation variants by name, joined by `+`, or fields (see `models.rotary`).
+        batch_size: Sequences per optimizer step.
+        horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
+        unique_bytes: Range of the unique training data, in tokens, drawn log-uniformly.
+        learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
+            each run draws its own log-uniformly.
+        warmup: Share of the horizon spent warming up.
+        final_learning_rate: Learning rate at the end, as a share of the peak.
+        weight_decay: Decoupled decay of matrices and embeddings.
+        max_gradient_norm: Clipping threshold, per replica.
+        beta2: Decay of AdamW's second moment.
+        default_dropout: Dropout of a run that nobody controls.
+        knobs: What a controller can move; besides the usual four `learning_rate_multiplier`,
+            `weight_decay`, `position_scale`, `rotation_strength` (with Givens rotations) and
+            `orthogonality_weight` (with a free matrix). A base that does not exist is left out.
+        disturb: Probability that something befalls a run at a random time (`envs.disturbances`).
+        disturbances: What can: `"learning_rate"`, `"labels"`, `"switch"`, `"kick"`.
+        device: Torch device, such as `"cpu"` or `"cuda"`.
+        dtype: `"float32"`, or `"float64"` for exact comparisons.
+    """
+
+    task: str = "text"
+    data: str | None = None
+    d_model: int = 32
+    n_layers: int = 2
+    n_heads: int = 4
+    context: int = 32
+    feed_forward: str = "gelu"
+    rotation: str | dict[str, Any] = "rope"
+    batch_size: int = 8
+    horizon: int | tuple[int, int] = 400
+    unique_bytes: tuple[int, int] = (1_500, 1_000_000)
+    learning_rate: float | tuple[float, float] = 8e-3
+    warmup: float = 0.1
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
+    beta2: float = 0.99
+    default_dropout: float = 0.1
+    knobs: tuple[str, ...] = USUAL_KNOBS
+    disturb: float = 0.0
+    disturbances: tuple[str, ...] = KINDS
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.task not in FAMILIES:
+            raise ValueError(unknown_name("task", self.task, tuple(FAMILIES)))
+        if self.data is not None and self.task != "text":
+            raise ValueError(f"data is for task 'text'; task {self.task!r} makes its own")
+        if not self.disturbances:
+            raise ValueError(f"disturbances must name some of {', '.join(KINDS)}, got none")
+        for kind in self.disturbances:
+            if kind not in KINDS:
+                raise ValueError(unknown_name("disturbance", kind, KINDS))
+        low, high = self.horizon_range
+        if not 1 <= low <= high:
+            raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
+        slow, fast = self.learning_rate_range
+        if not 0 < slow <= fast < math.inf:
+            raise ValueError(
+                f"learning_rate must be above 0 and finite, low <= high in a range, "
+                f"got {self.learning_rate}"
+            )
+        for name in ("batch_size", "max_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2 tokens, got {self.context}")
+        for name in ("beta2", "final_learning_rate", "disturb"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        self.chosen_knobs()  # refuses shapes and knobs that do not fit together
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be a torch device, got {self.device!r}") from error
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} is not available: torch finds no GPU")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
+
+    @property
+    def horizon_range(self) -> tuple[int, int]:
+        return (self.horizon,) * 2 if isinstance(self.horizon, int) else self.horizon
+
+    @property
+    def learning_rate_range(self) -> tuple[float, float]:
+        rate = self.learning_rate
+        return rate if isinstance(rate, tuple) else (rate, rate)
+
+    def chosen_knobs(self) -> tuple[Knob, ...]:
+        return knobs_of(self.transformer(), self.knobs, self.default_dropout, self.weight_decay)
+
+    def transformer(self) -> TransformerConfig:
+        return TransformerConfig(
+            vocab_size=FAMILIES[self.task].vocabulary,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            context=self.context,
+            feed_forward=self.feed_forward,
+            rotation=self.rotation,
+        )
