@@ -5,6 +5,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from metactl.run import FloatArray
 from models import hashed_integers
 
 KINDS = ("learning_rate", "labels", "switch", "kick")
@@ -69,6 +70,12 @@ class Disturbances:
         rows = self.rows
         during = (rows["disturbance_begins"] <= step) & (step < rows["disturbance_ends"])
         return during & (rows["disturbance"] == KINDS.index(kind))
+
+    def befallen(self, step: Int[Tensor, " replica"]) -> FloatArray:
+        """1 where a disturbance began before the optimizer step of this index, else 0."""
+        rows = self.rows
+        begun = (rows["disturbance"] != _NONE) & (rows["disturbance_begins"] < step)
+        return begun.double().cpu().numpy()
 
     def rate(self, step: Int[Tensor, " replica"]) -> Float[Tensor, " replica"]:
         """The factor of each run's learning rate."""

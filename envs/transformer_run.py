@@ -17,7 +17,7 @@ from envs.tasks import Task, build_family
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
 from metactl.knobs import Knob
-from metactl.run import FloatArray, Measurement, TrainingRun
+from metactl.run import DISTURBED, FloatArray, Measurement, TrainingRun
 from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, training_flops
 
 _PROMPT_BYTES = 16  # what a sample continues
@@ -188,6 +188,9 @@ class AdaptiveTransformerRun(TrainingRun):
             n_parameters=np.full(self.n_runs, float(self.model.count_parameters())),
             flops=spent,
             relative_cost=self.cost() / self._default_cost(),
+            internal={DISTURBED: self.disturbances.befallen(self._rows["step"])}
+            if self.config.disturb
+            else {},
         )
 
     def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, Tensor, Tensor | None]:

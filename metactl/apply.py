@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from metactl.board import Board
 from metactl.controllers import Static
 from metactl.env import Step
-from metactl.evaluate import paired_episodes, policy_arm, summarise
+from metactl.evaluation import paired_episodes, policy_arm, summarise
 from metactl.files import write_atomically
 from metactl.policy import Policy
 from metactl.progress import Progress
@@ -64,7 +64,7 @@ def apply_policy(
     default = loop.knobs.default_positions(1)[0]
     episodes = paired_episodes(n_runs, seed, default)
     arm = policy_arm(policy, default)
-    trials = [Trial(arm="policy", episode=e, controller=arm.controller) for e in episodes]
+    trials = [Trial(arm="policy", episode=e, controller=arm.controllers[0]) for e in episodes]
     if compare:
         static = Static()
         trials += [Trial(arm="default", episode=e, controller=static) for e in episodes]
@@ -72,7 +72,12 @@ def apply_policy(
     with Board(run_dir / "tb") as board:
 
         def on_step(index: int, step: Step) -> None:
-            board.scalars(_scalars(step, n_runs), (index + 1) * loop.optimizer_steps)
+            scalars = _scalars(step, n_runs)
+            if policy.card.set_points is not None:
+                seen = step.observation[:n_runs]
+                drive = policy.card.set_points.drive(seen, loop.codec.names)
+                scalars["homeostasis/drive"] = float(drive.mean())
+            board.scalars(scalars, (index + 1) * loop.optimizer_steps)
             if progress is not None:
                 progress(index + 1, total, _status(step, n_runs))
 

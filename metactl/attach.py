@@ -12,6 +12,7 @@ from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
 from metactl.adapters.checks import check_attachment
 from metactl.attachment import STATE_VERSION, Attachment, Decision, Given
 from metactl.controllers import BaseController, Learned
+from metactl.homeostasis import SetPoints
 from metactl.knobs import unknown_name
 from metactl.log import Log
 from metactl.policy import Policy
@@ -61,7 +62,9 @@ class Controller:
         n_control_steps: int | None = None,
         strict: bool = False,
     ) -> None:
+        self._set_points: SetPoints | None = None
         if isinstance(controller, Policy):
+            self._set_points = controller.card.set_points
             if n_control_steps is None:
                 n_control_steps = controller.card.n_control_steps
             controller = Learned(controller)
@@ -152,6 +155,7 @@ class Controller:
                 act=mode == "act",
                 n_control_steps=self.n_control_steps,
                 log=written,
+                set_points=self._set_points,
                 strict=self.strict,
             )
         except Exception as error:

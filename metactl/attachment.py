@@ -14,6 +14,7 @@ from metactl.adapters import AttachError, KnobAdapter
 from metactl.adapters.trial import sealed
 from metactl.arrays import from_json, to_json
 from metactl.controllers import BaseController, Guard
+from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.log import Log, tagged
 from metactl.meter import Meter
@@ -70,6 +71,7 @@ class Attachment:
         act: Whether decisions are put in force.
         n_control_steps: Decisions per run, at most one per optimizer step.
         log: Where measurements and knobs are written.
+        set_points: Of healthy runs, so that the log says how far from balance this one is.
         strict: Raise what goes wrong in a probe or in the controller.
 
     Raises:
@@ -87,6 +89,7 @@ class Attachment:
         act: bool,
         n_control_steps: int,
         log: Log,
+        set_points: SetPoints | None = None,
         strict: bool,
     ) -> None:
         self.adapters, self.act = dict(adapters), act
@@ -111,6 +114,7 @@ class Attachment:
         self._history.reset([0], start)
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
+        self._set_points = set_points
         self._log = log if self._ranks.rank == 0 else Log(None)
         self._arm()
 
@@ -206,6 +210,9 @@ class Attachment:
         )
         seen = tagged(measurement, self._codec.names, observation[0])
         seen |= {f"knob/{name}": value for name, value in self._written.items()}
+        if self._set_points is not None:
+            drive = self._set_points.drive(observation, self._codec.names)
+            seen["homeostasis/drive"] = float(drive[0])
         if self._known_total and self._index >= self._n:
             self._log.write(seen, meter.steps)
             return None  # the end: nothing left to decide for

@@ -144,12 +144,12 @@ def _apply(command: Apply) -> int:
 def _evaluate(command: Evaluate) -> int:
     from metactl.config import ConfigError, parse_setting
     from metactl.deployment import deployment
-    from metactl.evaluate import evaluate, headline
+    from metactl.evaluation import EvaluationPlan, Where, evaluate, headline
     from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
-    from metactl.report import draw_runs, gap_sentence, paired_table
+    from metactl.report import disturbed_table, draw_runs, gap_sentence, paired_table
     from metactl.rundir import write_json
-    from metactl.shards import ShardRow, default_workers
+    from metactl.shards import default_workers
 
     for flag, low in (("n_tasks", 2), ("grid", 1), ("n_envs", 1), ("n_workers", -1)):
         if getattr(command, flag) < low:
@@ -161,27 +161,29 @@ def _evaluate(command: Evaluate) -> int:
     for path in (command.json, command.figure):
         if path is not None:
             path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    settings = [parse_setting(text) for text in command.static]
+    full = command.suite == "full"
+    plan = EvaluationPlan(
+        n_tasks=command.n_tasks,
+        grid_points=command.grid,
+        seed=command.seed,
+        settings=[parse_setting(text) for text in command.static],
+        controls=True,
+        each_group=full,
+        population=8 if full else 0,
+        disturbed=full,
+    )
     env_id, options = deployment(
         policy, data=command.data, horizon=command.optimizer_steps, rotation=command.rotation
     )
     workers = default_workers() if command.n_workers < 0 else command.n_workers
-    with (
-        ShardRow(env_id, command.n_envs, options, workers) as shards,
-        bar("Paired held-out runs") as progress,
-    ):
-        evaluation = evaluate(
-            policy,
-            shards,
-            n_tasks=command.n_tasks,
-            grid_points=command.grid,
-            seed=command.seed,
-            settings=settings,
-            progress=progress,
-        )
+    where = Where(env_id=env_id, options=options, n_envs=command.n_envs, n_workers=workers)
+    with bar("Paired held-out runs") as progress:
+        evaluation = evaluate(policy, where, plan, progress)
     say = console().print
     say(paired_table(evaluation.summary, f"{command.n_tasks} held-out tasks, nats per token"))
     say(gap_sentence(evaluation.summary))
+    if "disturbed" in evaluation.summary:
+        say(disturbed_table(evaluation.summary["disturbed"], "The same, something befalling each"))
     if command.json is not None:
         write_json(command.json, evaluation.summary)
     if command.update_card:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -75,7 +75,7 @@ class Apply:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Compare a policy with default, static, rule and replay on paired held-out runs."""
+    """Compare a policy on paired held-out runs: static settings, a rule, and itself made blind."""
 
     policy: Path
     """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
@@ -87,6 +87,8 @@ class Evaluate:
     """Draw losses and knobs of some tasks here, as PNG."""
     data: Path | None = None
     """File or folder of text (default: what the policy was trained on, its held-out part)."""
+    suite: Literal["quick", "full"] = "quick"
+    """full: also population-based training, single signals swapped, and disturbed runs."""
     n_tasks: int = 32
     """Paired held-out tasks."""
     grid: int = 16

@@ -96,15 +96,18 @@ class TrainConfig:
         ppo: How it learns.
         seed: Determines tasks, runs and learning.
         checkpoint_every: Updates between checkpoints.
+        set_point_runs: Runs under static settings from which the set-points of homeostasis are
+            estimated in the end; 0 leaves them out.
     """
 
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     seed: int = 0
     checkpoint_every: int = 1
+    set_point_runs: int = 64
 
     def __post_init__(self) -> None:
-        for name, low in (("seed", 0), ("checkpoint_every", 1)):
+        for name, low in (("seed", 0), ("checkpoint_every", 1), ("set_point_runs", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 

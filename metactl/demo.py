@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from metactl.config import TrainConfig, dump
-from metactl.controllers import Static
 from metactl.deployment import deployment
-from metactl.evaluate import (
-    Arm,
+from metactl.evaluation import (
     Evaluation,
+    EvaluationPlan,
+    Where,
     evaluate,
     headline,
     play_arms,
     policy_arm,
+    static_arm,
     summarise,
 )
 from metactl.knobs import KnobSet
@@ -101,15 +102,9 @@ def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
 
 def _same_size(policy: Policy, plan: DemoPlan, progress: Progress) -> Evaluation:
     env_id, options = deployment(policy)
-    with ShardRow(env_id, plan.n_envs, options, default_workers()) as shards:
-        return evaluate(
-            policy,
-            shards,
-            n_tasks=plan.n_tasks,
-            grid_points=plan.grid_points,
-            seed=plan.seed,
-            progress=progress,
-        )
+    where = Where(env_id=env_id, options=options, n_envs=plan.n_envs, n_workers=default_workers())
+    chosen = EvaluationPlan(n_tasks=plan.n_tasks, grid_points=plan.grid_points, seed=plan.seed)
+    return evaluate(policy, where, chosen, progress)
 
 
 def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any]:
@@ -125,8 +120,7 @@ def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any
 
     with ShardRow(env_id, n_envs, options, default_workers()) as shards:
         default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
-        rest = Arm(name="default", positions=default, controller=Static())
-        arms = [rest, policy_arm(policy, default)]
+        arms = [static_arm("default", default), policy_arm(policy, default)]
         progress(0, 2 * plan.n_larger_tasks, "")
         return summarise(play_arms(shards, arms, plan.n_larger_tasks, plan.seed, report))
 

@@ -21,9 +21,11 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from metactl.files import write_atomically
+from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray, Knob, unknown_name
 
 FORMAT_VERSION = 1
+CLIP = 4.0  # of standardised observations: none lies far outside of what training saw
 _STRICT = ConfigDict(extra="forbid")
 _MAX_BYTES = 64 << 20
 _CARD = "policy.json"
@@ -47,6 +49,7 @@ class PolicyCard:
         n_control_steps: Decisions per run in training.
         training: Configuration it was trained with.
         evaluation: Figures it reached, by name.
+        set_points: Where healthy runs are, on the tasks of its training.
         weights_sha256: Checksum of `weights.safetensors`.
     """
 
@@ -58,6 +61,7 @@ class PolicyCard:
     n_control_steps: int
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    set_points: SetPoints | None = None
     weights_sha256: str = ""
 
 
@@ -108,7 +112,7 @@ class Policy:
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n_runs, n_knobs]` in [-1, 1]."""
         x = (observation - self.weights["mean"]) / self.weights["std"]
-        x = np.clip(x, -10.0, 10.0)
+        x = np.clip(x, -CLIP, CLIP)
         for i in range(self._n_layers):
             # einsum, not a matrix product: one row's action must not depend on how many rows.
             x = np.einsum("ri,oi->ro", x, self.weights[f"weight_{i}"]) + self.weights[f"bias_{i}"]

@@ -15,27 +15,62 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
     """Arms, their losses, and the paired difference of the policy to each."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm")
-    for header in ("test loss", "best ckpt", "policy minus arm (95 %)", "wins", "GFLOP"):
+    for header in (
+        "test loss",
+        "best ckpt",
+        "policy minus arm (95 %)",
+        "wins",
+        "GFLOP",
+        "in balance",
+    ):
         table.add_column(header, justify="right")
     order = sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"])
     for arm, figures in order:
         difference = summary["policy_minus"].get(arm)
-        cells = ["", ""]
-        if difference is not None:
-            d = difference["final_test"]
-            spread = " (one pair)"
-            if d["low"] is not None:
-                spread = f" [{d['low']:+.3f}, {d['high']:+.3f}]"
-            cells[0] = f"{d['estimate']:+.3f}{spread}"
-            cells[1] = f"{100 * difference['probability_of_improvement']:.0f} %"
+        wins = None if difference is None else difference["probability_of_improvement"]
         table.add_row(
             f"[bold]{arm}[/bold]" if arm == "policy" else arm,
             f"{figures['final_test']:.3f}",
             f"{figures['best_checkpoint_test']:.3f}",
-            *cells,
+            _difference(summary, arm),
+            _share(wins),
             f"{figures['flops'] / 1e9:.1f}",
+            _share(figures.get("homeostasis_index")),
         )
     return table
+
+
+def disturbed_table(summary: dict[str, Any], title: str) -> Table:
+    """Arms that something befell: final loss, what it cost, and how soon they were back."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("arm")
+    for header in ("test loss", "policy minus arm (95 %)", "excess area", "settling", "in balance"):
+        table.add_column(header, justify="right")
+    for arm, figures in sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"]):
+        table.add_row(
+            f"[bold]{arm}[/bold]" if arm == "policy" else arm,
+            f"{figures['final_test']:.3f}",
+            _difference(summary, arm),
+            f"{figures['excess_loss_area']:.4f}",
+            _share(figures.get("settling_time")),
+            _share(figures.get("homeostasis_index")),
+        )
+    return table
+
+
+def _difference(summary: dict[str, Any], arm: str) -> str:
+    difference = summary["policy_minus"].get(arm)
+    if difference is None:
+        return ""
+    d = difference["final_test"]
+    spread = " (one pair)"
+    if d["low"] is not None:
+        spread = f" [{d['low']:+.3f}, {d['high']:+.3f}]"
+    return f"{d['estimate']:+.3f}{spread}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def gap_sentence(summary: dict[str, Any]) -> str:

@@ -4,10 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metactl.controllers.base import BaseController
 from metactl.env import ControlLoop, Episode, Step
 from metactl.knobs import FloatArray
+from metactl.run import DISTURBED
+
+Between = Callable[[int, ControlLoop, FloatArray], None]
+"""Called with the index of a control step, the loop, and the probe loss of every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class TrialResult:
         train_loss: Per control step.
         probe_loss: Before the first and after each control step.
         positions: `[n_control_steps + 1, n_knobs]`, before the first and in each control step.
+        observations: `[n_control_steps + 1, n_observations]`, before the first and after each.
+        disturbed: Per control step, whether something had befallen the run by then.
         values: By knob name, per control step.
     """
 
@@ -57,6 +64,8 @@ class TrialResult:
     train_loss: FloatArray
     probe_loss: FloatArray
     positions: FloatArray
+    observations: np.ndarray
+    disturbed: NDArray[np.bool_]
     values: dict[str, FloatArray] = field(default_factory=dict)
 
 
@@ -65,6 +74,7 @@ def play(
     trials: Sequence[Trial],
     on_step: Callable[[int, Step], None] | None = None,
     test: bool = True,
+    between: Between | None = None,
 ) -> list[TrialResult]:
     """Plays trials side by side in one population (spare rows repeat the last trial).
 
@@ -73,6 +83,7 @@ def play(
         trials: What to play.
         on_step: Called with the index of each control step and what it returned.
         test: Whether to evaluate on the test split (at the end only).
+        between: Called after each control step, before the next observation.
     """
     n_rows, n_trials = loop.run.n_runs, len(trials)
     if not 0 < n_trials <= n_rows:
@@ -87,17 +98,22 @@ def play(
     best = BestCheckpoint(loop)
     steps: list[Step] = []
     positions, probes = [loop.positions.copy()], [loop.start_loss.copy()]
+    observations = [observation]
     for index in range(loop.config.n_control_steps):
         actions = np.zeros((n_rows, len(loop.knobs)))
         for controller, rows in groups:
             actions[rows] = controller.act(observation[rows])
         step = loop.step(actions)
         observation = step.observation
+        observations.append(observation)
         steps.append(step)
         positions.append(loop.positions.copy())
         probe = step.measurement.probe_loss
         probes.append(step.measurement.train_loss if probe is None else probe)
         best.update(probes[-1])
+        if between is not None:
+            between(index, loop, probes[-1])
+            observation = loop.observe()
         if on_step is not None:
             on_step(index, step)
     diverged = np.any([step.measurement.diverged for step in steps], axis=0)
@@ -119,6 +135,8 @@ def play(
             train_loss=np.array([step.measurement.train_loss[row] for step in steps]),
             probe_loss=probe_curve[row],
             positions=np.stack(positions)[:, row],
+            observations=np.stack([seen[row] for seen in observations]),
+            disturbed=np.array([_befallen(step, row) for step in steps]),
             values={
                 name: np.array([step.values[name][row] for step in steps])
                 for name in loop.knobs.names
@@ -126,6 +144,11 @@ def play(
         )
         for row, trial in enumerate(trials)
     ]
+
+
+def _befallen(step: Step, row: int) -> bool:
+    befallen = step.measurement.internal.get(DISTURBED)
+    return befallen is not None and bool(befallen[row])
 
 
 def _by_controller(trials: Sequence[Trial]) -> list[tuple[BaseController, list[int]]]:

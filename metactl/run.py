@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from metactl.knobs import Knob
 
 FloatArray = NDArray[np.float64]
+DISTURBED = "disturbed"
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,7 @@ class Measurement:
         flops: Floating-point operations spent since the start of the run.
         relative_cost: Cost of a step at the knobs in force over that at default knobs.
         internal: Further named signals read from inside the model, passed to the board.
+            `DISTURBED` is 1 where something has befallen a run, by the plant's own doing.
     """
 
     train_loss: FloatArray

@@ -20,7 +20,7 @@ import numpy as np
 from metactl.env import TrainingRunVectorEnv
 from metactl.errors import WorkerDied
 from metactl.reward import ImprovementReward
-from metactl.rollout import Trial, TrialResult, play
+from metactl.rollout import Between, Trial, TrialResult, play
 
 
 class ShardError(RuntimeError):
@@ -88,8 +88,8 @@ class Shard:
     def step(self, actions: np.ndarray) -> tuple[Any, ...]:
         return self.env.step(actions)
 
-    def play(self, trials: Sequence[Trial]) -> list[TrialResult]:
-        return play(self.env.loop, trials)
+    def play(self, trials: Sequence[Trial], between: Between | None = None) -> list[TrialResult]:
+        return play(self.env.loop, trials, between=between)
 
     def state_dict(self) -> dict[str, Any]:
         return self.env.state_dict()
@@ -206,27 +206,31 @@ class ShardRow:
         return self.call_all("describe")[0]
 
     def play(
-        self, trials: Sequence[Trial], on_done: Callable[[int], None] | None = None
+        self,
+        trials: Sequence[Trial],
+        on_done: Callable[[int], None] | None = None,
+        between: Between | None = None,
     ) -> list[TrialResult]:
         """Plays trials, each a whole training run; results in the order of the trials.
 
         Args:
             trials: Any number; split into populations and handed to whichever shard is free.
             on_done: Called with the number of trials finished since the last call.
+            between: What happens to the trials of a population between its control steps.
         """
         chunks = [trials[i : i + self.n_envs] for i in range(0, len(trials), self.n_envs)]
         results: list[list[TrialResult]] = [[] for _ in chunks]
-        for index, answer in self._play_chunks(chunks):
+        for index, answer in self._play_chunks(chunks, between):
             results[index] = answer
             if on_done is not None:
                 on_done(len(answer))
         return [result for chunk in results for result in chunk]
 
     def _play_chunks(
-        self, chunks: Sequence[Sequence[Trial]]
+        self, chunks: Sequence[Sequence[Trial]], between: Between | None
     ) -> Iterator[tuple[int, list[TrialResult]]]:
         if self._local is not None:
-            yield from ((i, self._local.play(chunk)) for i, chunk in enumerate(chunks))
+            yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))
             return
         waiting = list(enumerate(chunks))[::-1]
         busy: dict[Any, tuple[int, _Worker]] = {}
@@ -235,7 +239,7 @@ class ShardRow:
             while waiting and idle:
                 index, chunk = waiting.pop()
                 worker = idle.pop()
-                worker.send("play", chunk)
+                worker.send("play", chunk, between)
                 busy[worker.connection] = (index, worker)
             for ready in wait(list(busy)):
                 index, worker = busy.pop(ready)

@@ -248,6 +248,11 @@ GROUPS = ("probe_loss", "gradient_norm", "update_ratio_median", "unique_tokens",
 KNOB_ENTRIES = ("position", "last_move", "available")
 
 
+def is_flag(name: str) -> bool:
+    """Whether an entry of an observation, by its name, is 0 or 1."""
+    return name.startswith("has/") or name.endswith("/available")
+
+
 class Codec:
     """The one place where observations are put together, for training and deployment alike.
 

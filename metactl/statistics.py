@@ -63,6 +63,20 @@ def probability_of_improvement(left: FloatArray, right: FloatArray) -> float:
     return float((left < right).mean() + 0.5 * (left == right).mean())
 
 
+def interquartile_mean(values: FloatArray) -> float:
+    """Mean of the middle half (arXiv 2108.13264), whatever a few extremes do."""
+    ordered = np.sort(np.asarray(values))
+    n = len(ordered)
+    weight = np.clip(np.minimum(np.arange(1, n + 1) - n / 4, 3 * n / 4 - np.arange(n)), 0, 1)
+    return float((ordered * weight).sum() / weight.sum())
+
+
+def worst_decile(values: FloatArray) -> float:
+    """Mean of the largest tenth (at least one)."""
+    ordered = np.sort(np.asarray(values))
+    return float(ordered[-max(1, round(len(ordered) / 10)) :].mean())
+
+
 def _resamples(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, (N_RESAMPLES, n))
 

@@ -1,7 +1,7 @@
 """Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import TrainConfig, dump
-from metactl.policy import FORMAT_VERSION, Policy, PolicyCard
+from metactl.evaluation.healthy import healthy_set_points
+from metactl.homeostasis import SetPoints
+from metactl.knobs import FloatArray
+from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
+from metactl.signals import is_flag
 from metactl.snapshot import restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
 
@@ -45,7 +49,7 @@ class Normaliser(BaseFeaturesExtractor):
         self.register_buffer("std", torch.ones(size))
 
     def forward(self, observations: Tensor) -> Tensor:
-        return ((observations - self.mean) / self.std).clamp(-10.0, 10.0)
+        return ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
 
 
 def build_shards(config: TrainConfig) -> ShardRow:
@@ -107,7 +111,10 @@ def train(
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
-        policy = _to_policy(model, shards, config, scale)
+        set_points = None
+        if config.set_point_runs:
+            set_points = healthy_set_points(shards, config.set_point_runs, config.seed)
+        policy = _to_policy(model, shards, config, scale, set_points)
     policy.save(run_dir / "policy")
     return policy
 
@@ -159,17 +166,28 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[float, float]:
         observation, _, _, infos = env.step(actions)
         observations.append(observation)
         improvement += [info["own_reward"] for info in infos]
-    seen = np.concatenate(observations[:-1])
-    std = seen.std(axis=0)
     normaliser = model.policy.features_extractor
     assert isinstance(normaliser, Normaliser)
-    normaliser.mean.copy_(torch.from_numpy(seen.mean(axis=0)))
-    normaliser.std.copy_(torch.from_numpy(np.where(std > 1e-3, std, 1.0)))
+    names = env.shards.describe()["observation_names"]
+    mean, std = standardisation(np.concatenate(observations[:-1]), names)
+    normaliser.mean.copy_(torch.from_numpy(mean))
+    normaliser.std.copy_(torch.from_numpy(std))
     scale = max(float(np.median(improvement[resting])), 1e-3)
     if env.paired_runs == 1:
         return scale, 1.0
     spread = improvement.reshape(-1, env.paired_runs).std(axis=1)
     return scale, max(float(np.median(spread)) / scale, 1e-3)
+
+
+def standardisation(seen: np.ndarray, names: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+    """Mean and deviation of every entry of observations `[n, len(names)]`.
+
+    Flags are 0.5 and 0.5, so that 0 and 1 lie at -1 and 1: a flag that happens to be constant in
+    the calibration would put a run with the other value far outside of all that training saw.
+    """
+    flags = np.array([is_flag(name) for name in names])
+    mean, std = seen.mean(axis=0, dtype=np.float64), seen.std(axis=0, dtype=np.float64)
+    return np.where(flags, 0.5, mean), np.where(flags, 0.5, np.where(std > 1e-3, std, 1.0))
 
 
 class _Keeper(BaseCallback):
@@ -246,7 +264,9 @@ class _Keeper(BaseCallback):
             self.report(self.num_timesteps, self._mean_return)
 
 
-def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) -> Policy:
+def _to_policy(
+    model: PPO, shards: ShardRow, config: TrainConfig, scale: float, set_points: SetPoints | None
+) -> Policy:
     """The deterministic part of the actor, as data."""
     about = shards.describe()
     normaliser = model.policy.features_extractor
@@ -264,5 +284,6 @@ def _to_policy(model: PPO, shards: ShardRow, config: TrainConfig, scale: float) 
         hidden=config.ppo.hidden,
         n_control_steps=about["n_control_steps"],
         training={"config": dump(config), "reward_scale": scale, "versions": versions()},
+        set_points=set_points,
     )
     return Policy(card, {name: w.detach().double().numpy() for name, w in weights.items()})

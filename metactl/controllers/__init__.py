@@ -8,6 +8,7 @@ from metactl.controllers.replay import Replay
 from metactl.controllers.responsive import Responsive
 from metactl.controllers.schedule import Schedule
 from metactl.controllers.static import Static
+from metactl.controllers.swapped import WithSignalsOf
 
 __all__ = [
     "BaseController",
@@ -18,4 +19,5 @@ __all__ = [
     "Responsive",
     "Schedule",
     "Static",
+    "WithSignalsOf",
 ]

@@ -13,9 +13,8 @@ import torch
 
 from metactl.checkpoint import load_newest_checkpoint
 from metactl.config import ConfigError
-from metactl.controllers import Static
 from metactl.deployment import deployment
-from metactl.evaluate import Arm, play_arms, policy_arm, summarise
+from metactl.evaluation import play_arms, policy_arm, static_arm, summarise
 from metactl.files import write_atomically
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
@@ -99,7 +98,7 @@ def _score(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> dict
     with ShardRow(env_id, min(_N_ENVS, 2 * config.n_tasks), deployed, 0) as shards:
         default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
         arms = [
-            Arm(name="default", positions=default, controller=Static()),
+            static_arm("default", default),
             policy_arm(policy, default),
         ]
         summary = summarise(play_arms(shards, arms, config.n_tasks, config.seed))

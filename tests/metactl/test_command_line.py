@@ -145,6 +145,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
+    arms |= {"random moves", "yoked", "all signals of another run"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
@@ -152,7 +153,28 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
         assert interval["low"] <= interval["estimate"] <= interval["high"]
         assert len(summary["arms"][arm]["final_test_per_task"]) == 3
     assert summary["arms"]["default"]["flops"] > 0
+    assert 0 <= summary["arms"]["default"]["homeostasis_index"] <= 1
+    assert set(summary["moves_explained_by_progress"]) >= {"dropout", "rope_base"}
     assert figure.stat().st_size > 5_000
+
+
+def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0, "--suite", "full")
+    code = metactl("evaluate", "--policy", trained / "policy", "--json", report, *small)
+    assert code == 0
+    summary = json.loads(report.read_text())
+    arms = summary["arms"]
+    assert arms["PBT, best of 8"]["flops"] > 2 * arms["default"]["flops"]
+    assert {"probe loss of another run", "train loss of another run"} <= set(arms)
+    disturbed = summary["disturbed"]
+    assert set(disturbed["arms"]) == {"policy", "responsive rule", "best static", "replay"}
+    for figures in disturbed["arms"].values():
+        assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
+        assert figures["excess_loss_area"] != 0
+    assert "something befalling each" in capsys.readouterr().out
 
 
 def test_refusals_are_one_line_that_names_the_thing(

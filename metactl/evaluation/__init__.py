@@ -1,0 +1,28 @@
+"""Evaluation: a policy beside everything it should beat, on paired tasks it never saw."""
+
+from metactl.evaluation.arms import (
+    Arm,
+    Results,
+    paired_episodes,
+    play_arms,
+    policy_arm,
+    static_arm,
+)
+from metactl.evaluation.suite import SUITES, Evaluation, EvaluationPlan, Where, evaluate
+from metactl.evaluation.summary import headline, summarise
+
+__all__ = [
+    "SUITES",
+    "Arm",
+    "Evaluation",
+    "EvaluationPlan",
+    "Results",
+    "Where",
+    "evaluate",
+    "headline",
+    "paired_episodes",
+    "play_arms",
+    "policy_arm",
+    "static_arm",
+    "summarise",
+]

@@ -1,0 +1,194 @@
+"""The arms of a comparison: what moves the knobs, from where, on tasks that all arms share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import qmc
+
+from metactl.controllers import (
+    BaseController,
+    Guard,
+    Learned,
+    RandomMoves,
+    Replay,
+    Responsive,
+    Static,
+    WithSignalsOf,
+)
+from metactl.env import Episode
+from metactl.knobs import FloatArray, KnobSet
+from metactl.policy import Policy
+from metactl.rollout import Trial, TrialResult
+from metactl.shards import ShardRow
+from metactl.signals import UNIVERSAL
+
+_TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
+_YOKED = 0x70C3  # turns a run's seed into another's
+
+Results = dict[str, list[TrialResult]]
+"""By arm: one result per task, in the order of the tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One thing that is compared, on every task.
+
+    Args:
+        name: For the table.
+        positions: Where the knobs begin, `[n_knobs]` in [0, 1].
+        controllers: Who moves them: one for all tasks, or one for each.
+        other_seed: Live through the same tasks with other weights, batches and noise.
+    """
+
+    name: str
+    positions: FloatArray
+    controllers: Sequence[BaseController]
+    other_seed: bool = False
+
+
+def paired_episodes(n_tasks: int, seed: int, positions: FloatArray) -> list[Episode]:
+    """Episodes that all arms share but for where their knobs begin."""
+    rng = np.random.default_rng([seed, _TASK_STREAM])
+    first, *run_seeds = (int(x) for x in rng.integers(0, 2**31, size=n_tasks + 1))
+    return [
+        Episode(
+            task_seed=(first + i) % 2**31,
+            run_seed=run_seed,
+            positions=positions,
+            available=np.ones(len(positions)),
+        )
+        for i, run_seed in enumerate(run_seeds)
+    ]
+
+
+def play_arms(
+    shards: ShardRow,
+    arms: Sequence[Arm],
+    n_tasks: int,
+    seed: int,
+    on_done: Callable[[int], None] | None = None,
+) -> Results:
+    """Plays every arm on the same tasks."""
+    trials = []
+    for arm in arms:
+        controllers = [*arm.controllers] * (n_tasks if len(arm.controllers) == 1 else 1)
+        episodes = paired_episodes(n_tasks, seed, arm.positions)
+        for controller, episode in zip(controllers, episodes, strict=True):
+            chosen = _with_other_seed(episode) if arm.other_seed else episode
+            trials.append(Trial(arm=arm.name, episode=chosen, controller=controller))
+    played: Results = {arm.name: [] for arm in arms}
+    for result in shards.play(trials, on_done):
+        played[result.arm].append(result)
+    return played
+
+
+def _with_other_seed(episode: Episode) -> Episode:
+    rng = np.random.default_rng([episode.run_seed, _YOKED])
+    return Episode(
+        task_seed=episode.task_seed,
+        run_seed=int(rng.integers(2**31)),
+        positions=episode.positions,
+        available=episode.available,
+    )
+
+
+# What needs no learning ------------------------------------------------------------------------
+
+
+def static_grid(knobs: KnobSet, n_points: int, seed: int = 0) -> list[FloatArray]:
+    """Static settings over all knobs: the default and scrambled Sobol points."""
+    n_sobol = max(0, n_points - 1)
+    points: list[FloatArray] = [knobs.default_positions(1)[0]]
+    if n_sobol:
+        sampler = qmc.Sobol(len(knobs), seed=seed)
+        drawn = sampler.random_base2(int(np.ceil(np.log2(max(n_sobol, 1)))))
+        points += list(drawn[:n_sobol])
+    return points
+
+
+def static_arm(name: str, positions: FloatArray) -> Arm:
+    """Knobs that stay where they are."""
+    return Arm(name=name, positions=positions, controllers=(Static(),))
+
+
+def chosen_arm(knobs: KnobSet, setting: Mapping[str, float]) -> Arm:
+    """A static setting that somebody chose; knobs not named are at their defaults."""
+    name = "static " + ", ".join(f"{knob}={value:g}" for knob, value in setting.items())
+    return static_arm(name, knobs.positions(setting, 1)[0])
+
+
+def rule_arm(positions: FloatArray) -> Arm:
+    """The loss-driven rule."""
+    return Arm(name="responsive rule", positions=positions, controllers=(Responsive(),))
+
+
+def random_arm(positions: FloatArray, n_tasks: int, seed: int) -> Arm:
+    """Knobs that move without looking, in each task in its own way."""
+    controllers = [RandomMoves(seed * 100_003 + task) for task in range(n_tasks)]
+    return Arm(name="random moves", positions=positions, controllers=controllers)
+
+
+# The policy, and what tells feedback from a schedule ---------------------------------------------
+
+
+def policy_arm(policy: Policy, positions: FloatArray) -> Arm:
+    """The policy as users get it: guarded."""
+    return Arm(name="policy", positions=positions, controllers=(_guarded(policy),))
+
+
+def _guarded(policy: Policy, controller: BaseController | None = None) -> Guard:
+    inside = Learned(policy) if controller is None else controller
+    return Guard(inside, n_control_steps=policy.card.n_control_steps)
+
+
+def other_seed_arm(policy: Policy, positions: FloatArray) -> Arm:
+    """The policy on the same tasks, with other weights, batches and noise."""
+    return Arm(
+        name="policy, other seeds",
+        positions=positions,
+        controllers=(_guarded(policy),),
+        other_seed=True,
+    )
+
+
+def replay_arm(of_policy: Sequence[TrialResult], positions: FloatArray) -> Arm:
+    """The policy's own mean trajectory, whatever the run does."""
+    mean_trajectory = np.mean([result.positions for result in of_policy], axis=0)
+    return Arm(name="replay", positions=positions, controllers=(Replay(mean_trajectory),))
+
+
+def yoked_arm(of_other_seeds: Sequence[TrialResult], positions: FloatArray) -> Arm:
+    """In each task the moves that the policy made there with another seed."""
+    replays = [Replay(result.positions) for result in of_other_seeds]
+    return Arm(name="yoked", positions=positions, controllers=replays)
+
+
+def swapped_arms(
+    policy: Policy, of_policy: Sequence[TrialResult], positions: FloatArray, *, each: bool
+) -> list[Arm]:
+    """The policy with signals of another task's run in place of its own: are they used?
+
+    All signals but progress; with `each`, every group of them alone too. The knobs it sees are
+    its own.
+    """
+    groups: dict[str, list[str]] = {}
+    for signal in UNIVERSAL:
+        if signal.group != "progress":
+            groups.setdefault(signal.group, []).append(f"signal/{signal.name}")
+    swaps = {"all signals": [name for names in groups.values() for name in names]}
+    if each:
+        swaps |= {group.replace("_", " "): names for group, names in groups.items()}
+    n = len(of_policy)
+    recorded = [of_policy[(task + 1) % n].observations for task in range(n)]
+    return [
+        Arm(
+            name=f"{label} of another run",
+            positions=positions,
+            controllers=[
+                _guarded(policy, WithSignalsOf(Learned(policy), names, record))
+                for record in recorded
+            ],
+        )
+        for label, names in swaps.items()
+    ]

@@ -1,0 +1,118 @@
+"""Population-based training (arXiv 1711.09846): the members of a population share a task.
+
+At regular times the worst members take over the weights, optimizer and knobs of better ones, and
+their knobs are changed at random. Members are rows of one population, so a takeover is a copy of
+rows. Its cost is that of all members, for one model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from metactl.controllers import Static
+from metactl.env import ControlLoop, Episode
+from metactl.evaluation.arms import paired_episodes
+from metactl.knobs import FloatArray
+from metactl.rollout import Trial, TrialResult
+from metactl.shards import ShardRow
+
+_ARM = "PBT"
+_MEMBERS, _TAKEOVERS = 0xB7, 0x7A
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takeovers:
+    """What happens between the control steps of populations, each of neighbouring rows.
+
+    Args:
+        n_members: Runs that share a task.
+        seed: Of the random changes.
+        every: Control steps between takeovers; none in the last such stretch.
+        share: Of the members that are replaced, and of those that replace them.
+        spread: Deviation of the change of a knob's position after a takeover.
+        resample: Probability that a knob is drawn anew instead.
+    """
+
+    n_members: int
+    seed: int
+    every: int = 4
+    share: float = 0.25
+    spread: float = 0.15
+    resample: float = 0.25
+
+    def __call__(self, index: int, loop: ControlLoop, probe_loss: FloatArray) -> None:
+        """After the control step of an index: the worst members take over from the best."""
+        last = loop.config.n_control_steps - self.every
+        if (index + 1) % self.every or index + 1 > last:
+            return
+        loss = np.where(np.isfinite(probe_loss), probe_loss, np.inf)
+        n_replaced = max(1, round(self.share * self.n_members))
+        for first in range(0, loop.run.n_runs - self.n_members + 1, self.n_members):
+            rng = np.random.default_rng([self.seed, _TAKEOVERS, index, first])
+            order = first + loss[first : first + self.n_members].argsort(kind="stable")
+            worst = order[-n_replaced:]
+            better = rng.choice(order[:n_replaced], n_replaced)
+            loop.run.copy_rows(better.tolist(), worst.tolist())
+            positions = loop.positions[better]
+            changed = positions + self.spread * rng.standard_normal(positions.shape)
+            anew = rng.random(positions.shape)
+            drawn = rng.random(positions.shape) < self.resample
+            loop.positions[worst] = np.where(drawn, anew, changed).clip(0, 1)
+
+
+def play_pbt(
+    shards: ShardRow,
+    n_members: int,
+    n_tasks: int,
+    seed: int,
+    default: FloatArray,
+    on_done: Callable[[int], None] | None = None,
+) -> list[TrialResult]:
+    """The best member, by its final probe loss, of one population per task.
+
+    Args:
+        shards: Where runs are played; whole populations must fit side by side.
+        n_members: Of a population. The first begins as all other arms do, the others with random
+            knobs, weights and batches.
+        n_tasks: Those of all other arms.
+        seed: Of tasks and runs.
+        default: Where the knobs of the first member begin, `[n_knobs]` in [0, 1].
+        on_done: Called with the number of runs finished since the last call.
+
+    Returns:
+        One result per task, with the FLOPs of all members.
+
+    Raises:
+        ValueError: If a shard's runs are no whole number of populations.
+    """
+    if shards.n_envs % n_members:
+        raise ValueError(
+            f"populations of {n_members} need a multiple of {n_members} runs per worker, "
+            f"got {shards.n_envs}"
+        )
+    trials = [
+        Trial(arm=_ARM, episode=member, controller=Static())
+        for episode in paired_episodes(n_tasks, seed, default)
+        for member in _members(episode, n_members)
+    ]
+    played = shards.play(trials, on_done, Takeovers(n_members=n_members, seed=seed))
+    best = []
+    for first in range(0, len(played), n_members):
+        members = played[first : first + n_members]
+        winner = min(members, key=lambda result: result.final_probe)
+        best.append(replace(winner, flops=sum(result.flops for result in members)))
+    return best
+
+
+def _members(episode: Episode, n: int) -> list[Episode]:
+    rng = np.random.default_rng([episode.run_seed, _MEMBERS])
+    others = [
+        replace(
+            episode,
+            run_seed=int(rng.integers(2**31)),
+            positions=rng.random(len(episode.positions)),
+        )
+        for _ in range(n - 1)
+    ]
+    return [episode, *others]

@@ -1,0 +1,206 @@
+"""Is a policy worth having, is it feedback, does it hold when something goes wrong?"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from metactl.config import ConfigError
+from metactl.evaluation.arms import (
+    Arm,
+    Results,
+    chosen_arm,
+    other_seed_arm,
+    play_arms,
+    policy_arm,
+    random_arm,
+    replay_arm,
+    rule_arm,
+    static_arm,
+    static_grid,
+    swapped_arms,
+    yoked_arm,
+)
+from metactl.evaluation.disturbed import disturbed_summary
+from metactl.evaluation.pbt import play_pbt
+from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
+from metactl.knobs import KnobSet
+from metactl.policy import Policy
+from metactl.progress import Progress
+from metactl.rollout import TrialResult
+from metactl.shards import ShardRow
+
+SUITES = ("quick", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """What is compared, and how often.
+
+    Args:
+        n_tasks: Paired tasks.
+        grid_points: Static settings over all knobs, the default among them.
+        seed: Of the tasks and runs.
+        settings: Further static settings by knob name, in the grid and as arms of their own.
+        controls: Random moves, yoked runs, signals of another run: what tells feedback apart.
+        each_group: Swap every group of signals alone too.
+        population: Members of population-based training on each task; 0 leaves it out.
+        disturbed: Play the main arms again, with something befalling every run.
+    """
+
+    n_tasks: int
+    grid_points: int
+    seed: int = 0
+    settings: Sequence[Mapping[str, float]] = ()
+    controls: bool = False
+    each_group: bool = False
+    population: int = 0
+    disturbed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """The environment in which runs are played, on tasks that training never drew."""
+
+    env_id: str
+    options: dict[str, Any]
+    n_envs: int
+    n_workers: int
+
+    def open(self, **changes: Any) -> ShardRow:
+        options = {**self.options, **changes}
+        return ShardRow(self.env_id, self.n_envs, options, self.n_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation measured.
+
+    Args:
+        results: By arm: one result per task, in the order of the tasks.
+        summary: What the report says, as JSON values.
+    """
+
+    results: Results
+    summary: dict[str, Any]
+
+
+class _Counter:
+    """Counts finished runs for a progress bar."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total, self.done, self.progress = total, 0, progress
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, "")
+
+
+def evaluate(
+    policy: Policy, where: Where, plan: EvaluationPlan, progress: Progress | None = None
+) -> Evaluation:
+    """Compares a policy with everything that needs no learning, and with itself made blind.
+
+    Arms: the default setting; a grid of static settings over all knobs, of which the best on
+    average (SBS) and the best for each task (VBS) are chosen on the probe and scored on test; the
+    responsive rule; the replay of the policy's own mean trajectory; the policy; and what the plan
+    adds. All start from the default setting, but for the grid.
+
+    Args:
+        policy: Who is judged.
+        where: The environment.
+        plan: What is compared.
+        progress: Told about finished runs.
+
+    Raises:
+        ConfigError: If the policy decides more or less often than the runs do.
+    """
+    n = plan.n_tasks
+    with closing(where.open()) as shards:
+        about = shards.describe()
+        if about["n_control_steps"] != policy.card.n_control_steps:
+            raise ConfigError(
+                f"The policy decides {policy.card.n_control_steps} times per run; the runs have "
+                f"n_control_steps={about['n_control_steps']}"
+            )
+        knobs = KnobSet(about["knobs"])
+        default = knobs.default_positions(1)[0]
+        points = static_grid(knobs, plan.grid_points)
+        grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
+        chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
+        first = [policy_arm(policy, default), rule_arm(default), *grid, *chosen]
+        if plan.controls:
+            first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
+        n_swaps = (1 + 5 * plan.each_group) if plan.controls else 0
+        n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
+        count = _Counter(n * n_arms, progress)
+        results = play_arms(shards, first, n, plan.seed, count)
+        then: list[Arm] = [replay_arm(results["policy"], default)]
+        if plan.controls:
+            then.append(yoked_arm(results.pop("policy, other seeds"), default))
+            then += swapped_arms(policy, results["policy"], default, each=plan.each_group)
+        results |= play_arms(shards, then, n, plan.seed, count)
+        if plan.population:
+            played = play_pbt(shards, plan.population, n, plan.seed, default, count)
+            results[f"PBT, best of {plan.population}"] = played
+    grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
+    results = _select_static(results, grid_names, chosen_names)
+    names = about["observation_names"]
+    explained = moves_explained_by_progress(results["policy"], knobs.names)
+    best_setting = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
+    summary = {
+        "n_tasks": n,
+        "grid_points": len(grid) + len(chosen),
+        "seed": plan.seed,
+        "horizon": about["horizon"],
+        "n_control_steps": about["n_control_steps"],
+        **summarise(
+            results,
+            oracle_name="per-task best static",
+            set_points=policy.card.set_points,
+            names=names,
+        ),
+        "moves_explained_by_progress": dict(zip(knobs.names, explained.tolist(), strict=True)),
+        "best_static_setting": best_setting,
+    }
+    if plan.disturbed:
+        best = knobs.positions(best_setting, 1)[0]
+        arms = [
+            policy_arm(policy, default),
+            rule_arm(default),
+            static_arm("best static", best),
+            replay_arm(results["policy"], default),
+        ]
+        with closing(where.open(disturb=1.0)) as shards:
+            befallen = play_arms(shards, arms, n, plan.seed, count)
+        summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
+    return Evaluation(results=results, summary=summary)
+
+
+def _select_static(
+    results: Results, grid_names: Sequence[str], chosen_names: Sequence[str]
+) -> Results:
+    """Replaces the grid by the default, the best on average and the best for each task.
+
+    With chosen settings the best of the grid alone is an arm too.
+    """
+    grid = [results[name] for name in (*grid_names, *chosen_names)]
+    means = [column(arm, "final_probe").mean() for arm in grid]
+    selected = {"default": grid[0], "best static": grid[_argmin(means)]}
+    if chosen_names:
+        selected["best static of the grid"] = grid[_argmin(means[: len(grid_names)])]
+    tasks = zip(*grid, strict=True)
+    return {
+        **selected,
+        "per-task best static": [_best(runs) for runs in tasks],
+        **{name: arm for name, arm in results.items() if name not in grid_names},
+    }
+
+
+def _argmin(values: Sequence[float]) -> int:
+    return min(range(len(values)), key=lambda i: values[i])
+
+
+def _best(runs: Sequence[TrialResult]) -> TrialResult:
+    return min(runs, key=lambda run: run.final_probe)

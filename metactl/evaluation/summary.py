@@ -1,0 +1,124 @@
+"""What an evaluation says: means, paired differences with intervals, and how runs got there."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from metactl.evaluation.arms import Results
+from metactl.homeostasis import SetPoints, control_effort, homeostasis_index
+from metactl.knobs import FloatArray
+from metactl.rollout import TrialResult
+from metactl.statistics import (
+    Interval,
+    gap_closed,
+    interquartile_mean,
+    paired_difference,
+    probability_of_improvement,
+    worst_decile,
+)
+
+_PER_TASK = "final_test_per_task"
+
+
+def summarise(
+    results: Results,
+    *,
+    oracle_name: str | None = None,
+    set_points: SetPoints | None = None,
+    names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Means per arm and paired differences to the policy, as JSON values (nats per token).
+
+    Args:
+        results: Of all arms, `"policy"` among them.
+        oracle_name: The arm that bounds the gap to `"best static"`, if there are both.
+        set_points: Of healthy runs, for the homeostasis index.
+        names: Of the observations' entries.
+    """
+    arms = {arm: _figures(runs, set_points, names) for arm, runs in results.items()}
+    differences = {
+        arm: _differences(results["policy"], runs)
+        for arm, runs in results.items()
+        if arm != "policy"
+    }
+    summary: dict[str, Any] = {"arms": arms, "policy_minus": differences}
+    if oracle_name is not None:
+        policy, static, oracle = (
+            column(results[arm], "final_test") for arm in ("policy", "best static", oracle_name)
+        )
+        summary["gap_closed"] = _finite(gap_closed(policy, static, oracle))
+    return summary
+
+
+def column(runs: Sequence[TrialResult], name: str) -> FloatArray:
+    """One number of every run."""
+    return np.array([getattr(run, name) for run in runs], dtype=np.float64)
+
+
+def _figures(
+    runs: Sequence[TrialResult], set_points: SetPoints | None, names: Sequence[str]
+) -> dict[str, Any]:
+    figures = {
+        "final_test": float(column(runs, "final_test").mean()),
+        "final_test_iqm": interquartile_mean(column(runs, "final_test")),
+        "best_checkpoint_test": float(column(runs, "best_test").mean()),
+        "flops": float(column(runs, "flops").mean()),
+        "diverged": int(column(runs, "diverged").sum()),
+        "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
+        _PER_TASK: column(runs, "final_test").tolist(),
+    }
+    if set_points is not None:
+        drive = set_points.drive(np.stack([run.observations[1:] for run in runs]), names)
+        figures["homeostasis_index"] = float(homeostasis_index(drive).mean())
+        figures["mean_drive"] = float(drive.mean())
+    return figures
+
+
+def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> dict[str, Any]:
+    ours, theirs = column(policy, "final_test"), column(other, "final_test")
+    best_ours, best_theirs = column(policy, "best_test"), column(other, "best_test")
+    return {
+        "final_test": _finite(paired_difference(ours, theirs)),
+        "best_checkpoint_test": _finite(paired_difference(best_ours, best_theirs)),
+        "probability_of_improvement": probability_of_improvement(ours, theirs),
+        "iqm": interquartile_mean(ours - theirs),
+        "worst_decile_regret": worst_decile(ours / theirs - 1),
+        "share_of_run_to_its_final_loss": time_to_reach(policy, other),
+    }
+
+
+def time_to_reach(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> float:
+    """Median share of its run in which the policy reaches the other arm's final probe loss.
+
+    A run that never does counts as 2.
+    """
+    shares = []
+    for ours, theirs in zip(policy, other, strict=True):
+        reached = np.flatnonzero(ours.probe_loss <= theirs.final_probe)
+        shares.append(reached[0] / (len(ours.probe_loss) - 1) if len(reached) else 2.0)
+    return float(np.median(shares))
+
+
+def moves_explained_by_progress(runs: Sequence[TrialResult], knobs: Sequence[str]) -> FloatArray:
+    """R^2 of each knob's moves on the control step alone: 1 for a schedule; 0 where none moves."""
+    moves = np.diff(np.stack([run.positions for run in runs]), axis=1)
+    total = moves.var(axis=(0, 1))
+    by_step = moves.mean(axis=0).var(axis=0)
+    assert moves.shape[2] == len(knobs)
+    return np.divide(by_step, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _finite(interval: Interval) -> dict[str, float | None]:
+    """As JSON values; what is unbounded is null."""
+    return {k: v if np.isfinite(v) else None for k, v in asdict(interval).items()}
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation that belong on a policy's card: no lists."""
+    arms = {
+        arm: {name: value for name, value in figures.items() if name != _PER_TASK}
+        for arm, figures in summary["arms"].items()
+    }
+    return {**summary, "arms": arms}

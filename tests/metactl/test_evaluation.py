@@ -1,0 +1,251 @@
+"""The arms of an evaluation and what is made of their results."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toy_plant import TOY, ToyPlant
+
+from metactl.controllers import BaseController, Schedule, WithSignalsOf
+from metactl.env import ControlConfig, ControlLoop
+from metactl.evaluation import paired_episodes, play_arms, static_arm, summarise
+from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yoked_arm
+from metactl.evaluation.disturbed import disturbed_summary
+from metactl.evaluation.pbt import Takeovers, play_pbt
+from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
+from metactl.rollout import Trial, play
+from metactl.shards import ShardRow
+from metactl.statistics import interquartile_mean, worst_decile
+
+N = 8
+DEFAULT = np.array([0.5, 0.5])
+
+
+@pytest.fixture(scope="module")
+def shards():
+    with ShardRow(TOY, 8, {"n_control_steps": N}, 0) as row:
+        yield row
+
+
+class Follow(BaseController):
+    """Moves the rate up where the train loss slopes steeply: a policy that uses its signals."""
+
+    def act(self, observation):
+        slope = self.codec.read(observation, "signal/train_slope_fast")
+        return np.stack((np.tanh(-slope), np.zeros_like(slope)), axis=1)
+
+
+def result(shards, seed=0, **changes):
+    played = play_arms(shards, [static_arm("one", DEFAULT)], 1, seed)["one"][0]
+    return replace(played, **changes)
+
+
+# Arms --------------------------------------------------------------------------------------------
+
+
+def test_arms_of_one_task_differ_by_what_moves_their_knobs_alone(shards):
+    arms = [static_arm("a", DEFAULT), static_arm("b", DEFAULT), static_arm("c", np.zeros(2))]
+    played = play_arms(shards, arms, 3, 0)
+    for a, b, c in zip(*played.values(), strict=True):
+        np.testing.assert_array_equal(a.probe_loss, b.probe_loss)
+        assert a.probe_loss[0] == c.probe_loss[0] and a.final_test != c.final_test
+    assert len({run.probe_loss[0] for run in played["a"]}) == 3
+
+
+def test_a_controller_for_each_task_plays_its_own(shards):
+    targets = [Schedule(np.array([0.0, 1.0]), np.full((2, 2), x), N) for x in (0.1, 0.9)]
+    played = play_arms(shards, [Arm(name="a", positions=DEFAULT, controllers=targets)], 2, 0)["a"]
+    assert [run.positions[-1, 0] for run in played] == pytest.approx([0.1, 0.9])
+
+
+def test_random_moves_differ_from_task_to_task_and_come_again_with_the_seed(shards):
+    first, again = (
+        play_arms(shards, [random_arm(DEFAULT, 3, 5)], 3, 0)["random moves"] for _ in range(2)
+    )
+    ends = [run.positions[-1, 0] for run in first]
+    assert len(set(ends)) == 3 and ends == [run.positions[-1, 0] for run in again]
+
+
+def test_yoked_runs_make_the_moves_of_the_same_tasks_other_run(shards):
+    own = Arm(name="own", positions=DEFAULT, controllers=(Follow(),))
+    other = replace(own, name="other", other_seed=True)
+    played = play_arms(shards, [own, other], 3, 0)
+    for mine, theirs in zip(played["own"], played["other"], strict=True):
+        assert mine.probe_loss[0] == theirs.probe_loss[0]  # the task is the same
+        assert not np.array_equal(mine.positions, theirs.positions)
+    yoked = play_arms(shards, [yoked_arm(played["other"], DEFAULT)], 3, 0)["yoked"]
+    for mine, theirs in zip(yoked, played["other"], strict=True):
+        np.testing.assert_allclose(mine.positions, theirs.positions, atol=1e-6)
+
+
+def test_replay_makes_the_mean_moves_in_every_task(shards):
+    own = Arm(name="own", positions=DEFAULT, controllers=(Follow(),))
+    played = play_arms(shards, [own], 3, 0)["own"]
+    replayed = play_arms(shards, [replay_arm(played, DEFAULT)], 3, 0)["replay"]
+    mean = np.mean([run.positions for run in played], axis=0)
+    for run in replayed:
+        np.testing.assert_allclose(run.positions, mean, atol=1e-6)
+
+
+def test_signals_of_another_run_are_what_the_controller_acts_on(shards):
+    own = Arm(name="own", positions=DEFAULT, controllers=(Follow(),))
+    played = play_arms(shards, [own], 3, 0)["own"]
+    swapped = Arm(
+        name="swapped",
+        positions=DEFAULT,
+        controllers=[
+            WithSignalsOf(Follow(), ["signal/train_slope_fast"], played[(i + 1) % 3].observations)
+            for i in range(3)
+        ],
+    )
+    moved = play_arms(shards, [swapped], 3, 0)["swapped"]
+    for i, run in enumerate(moved):
+        theirs = played[(i + 1) % 3]
+        np.testing.assert_allclose(run.positions, theirs.positions, atol=1e-6)
+        assert run.final_test != theirs.final_test
+
+
+def test_a_resumed_swap_goes_on_where_it_was():
+    loop = ControlLoop(ToyPlant(1), ControlConfig(n_control_steps=N))
+    recorded = np.random.default_rng(0).normal(size=(N, len(loop.codec)))
+    left, right = (WithSignalsOf(Follow(), ["signal/train_slope_fast"], recorded) for _ in range(2))
+    observation = np.zeros((1, len(loop.codec)))
+    left.begin(loop.codec, 1)
+    right.begin(loop.codec, 1)
+    left.act(observation)
+    right.load_state_dict(left.state_dict())
+    assert np.array_equal(left.act(observation), right.act(observation))
+
+
+def test_a_grid_begins_with_the_default_and_fills_the_space():
+    loop = ControlLoop(ToyPlant(1), ControlConfig(n_control_steps=N))
+    points = static_grid(loop.knobs, 17)
+    assert np.array_equal(points[0], loop.knobs.default_positions(1)[0])
+    corners = {tuple((point > 0.5).tolist()) for point in points[1:]}
+    assert len(points) == 17 and len(corners) == 4
+
+
+# Population-based training -----------------------------------------------------------------------
+
+
+def test_the_worst_members_go_on_from_the_best_with_changed_knobs():
+    loop = ControlLoop(ToyPlant(8), ControlConfig(n_control_steps=N))
+    loop.reset(range(8), [loop.draw_episode(0, 0)] * 8)
+    loop.positions[:] = np.linspace(0.1, 0.8, 8)[:, None]
+    loop.run.state["distance"] = np.array([5.0, 1, 2, 3, 9, 6, 7, 8])
+    before = loop.positions.copy()
+    swap = Takeovers(n_members=4, seed=0, every=2, resample=0.0)
+    swap(0, loop, loop.run.losses("probe"))
+    assert loop.run.state["distance"].tolist() == [5, 1, 2, 3, 9, 6, 7, 8]  # not yet
+    swap(1, loop, loop.run.losses("probe"))
+    assert loop.run.state["distance"].tolist() == [1, 1, 2, 3, 6, 6, 7, 8]
+    assert np.array_equal(np.delete(loop.positions, (0, 4), 0), np.delete(before, (0, 4), 0))
+    assert np.all(loop.positions[0] != before[1]) and np.all(loop.positions[4] != before[5])
+    assert np.abs(loop.positions[0] - before[1]).max() < 0.6
+    loop.run.state["distance"][0] = 5.0
+    swap(7, loop, loop.run.losses("probe"))
+    assert loop.run.state["distance"][0] == 5.0  # too late to be worth anything
+
+
+def test_a_member_that_diverged_is_among_the_worst():
+    loop = ControlLoop(ToyPlant(4), ControlConfig(n_control_steps=N))
+    loop.reset(range(4), [loop.draw_episode(0, 0)] * 4)
+    loop.run.state["distance"] = np.array([1.0, 2, 3, 4])
+    Takeovers(n_members=4, seed=0, every=1)(0, loop, np.array([np.nan, 3.0, 2.0, 4.0]))
+    assert loop.run.state["distance"].tolist() == [3, 2, 3, 4]
+
+
+def test_a_population_beats_its_first_member_and_pays_for_all(shards):
+    poor = np.array([0.0, 0.5])
+    alone = play_arms(shards, [static_arm("alone", poor)], 4, 0)["alone"]
+    best = play_pbt(shards, 4, 4, 0, poor)
+    assert np.mean([run.final_probe for run in best]) < np.mean([r.final_probe for r in alone])
+    for run, single in zip(best, alone, strict=True):
+        assert run.probe_loss[0] == single.probe_loss[0]
+        assert run.flops == 4 * single.flops
+
+
+def test_populations_that_do_not_fit_are_refused(shards):
+    with pytest.raises(ValueError, match=r"populations of 3 need a multiple of 3.*got 8"):
+        play_pbt(shards, 3, 2, 0, DEFAULT)
+
+
+# Figures -----------------------------------------------------------------------------------------
+
+
+def test_moves_of_a_schedule_are_explained_by_progress_and_random_ones_are_not(shards):
+    schedule = Schedule(np.array([0.0, 0.3, 1.0]), np.array([[0.5, 0.5], [1, 0.5], [0, 0.5]]), N)
+    arms = [
+        Arm(name="schedule", positions=DEFAULT, controllers=(schedule,)),
+        random_arm(DEFAULT, 40, 0),
+    ]
+    played = play_arms(shards, arms, 40, 0)
+    explained = moves_explained_by_progress(played["schedule"], ("rate", "width"))
+    assert explained == pytest.approx([1.0, 0.0])
+    assert moves_explained_by_progress(played["random moves"], ("rate", "width")).max() < 0.1
+
+
+def test_the_time_to_reach_the_others_final_loss_is_a_share_of_the_run(shards):
+    curve = np.array([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.5, 1.5, 1.5])
+    policy = [result(shards, probe_loss=curve)] * 3
+    ends = [result(shards, final_probe=end) for end in (3.0, 1.5, 1.0)]
+    assert time_to_reach(policy[:1], ends[:1]) == 2 / 8
+    assert time_to_reach(policy[:1], ends[2:]) == 2.0
+    assert time_to_reach(policy, ends) == 5 / 8
+
+
+def test_regret_of_the_worst_tenth_and_the_middle_half():
+    values = np.array([9.0, *range(1, 20)])
+    assert worst_decile(values) == pytest.approx(18.5)
+    assert interquartile_mean(np.array([0.0, 1, 2, 3, 4, 5, 6, 100])) == pytest.approx(3.5)
+    assert interquartile_mean(np.array([0.0, 10.0, 1000.0])) == pytest.approx(
+        (0.25 * 0 + 10 + 0.25 * 1000) / 1.5
+    )
+    assert interquartile_mean(np.array([7.0])) == 7.0
+
+
+def test_a_summary_pairs_the_policy_with_every_arm(shards):
+    policy = [result(shards, seed, final_test=1.0 + seed) for seed in range(4)]
+    other = [replace(run, final_test=run.final_test + 0.5) for run in policy]
+    summary = summarise({"policy": policy, "other": other})
+    difference = summary["policy_minus"]["other"]
+    assert difference["final_test"] == pytest.approx({"estimate": -0.5, "low": -0.5, "high": -0.5})
+    assert difference["probability_of_improvement"] == 1
+    assert difference["worst_decile_regret"] == pytest.approx(4 / 4.5 - 1)
+    assert summary["arms"]["policy"]["final_test_iqm"] == pytest.approx(2.5)
+
+
+def test_excess_area_is_between_a_disturbed_run_and_its_twin_since_the_onset(shards):
+    calm = result(shards)
+    hit = replace(
+        calm,
+        disturbed=np.arange(N) >= 5,
+        probe_loss=calm.probe_loss + np.array([9.0, 0, 0, 0, 0, 0, 0.4, 0.3, 0.1]),
+    )
+    report = disturbed_summary({"policy": [hit, calm]}, {"policy": [calm, calm]}, None, ())
+    assert report["arms"]["policy"]["excess_loss_area"] == pytest.approx(0.8 / N / 2)
+
+
+def test_paired_episodes_are_the_same_for_all_and_differ_from_task_to_task():
+    first, again = (paired_episodes(5, 3, DEFAULT) for _ in range(2))
+    assert [e.run_seed for e in first] == [e.run_seed for e in again]
+    assert len({e.run_seed for e in first}) == len({e.task_seed for e in first}) == 5
+    assert {e.task_seed for e in paired_episodes(5, 4, DEFAULT)}.isdisjoint(
+        e.task_seed for e in first
+    )
+
+
+def test_what_happens_between_control_steps_is_observed_by_the_next():
+    loop = ControlLoop(ToyPlant(2), ControlConfig(n_control_steps=N))
+    seen = []
+
+    class Watch(BaseController):
+        def act(self, observation):
+            seen.append(self.codec.positions(observation)[0, 0])
+            return self.hold()
+
+    def push(index, loop, probe_loss):
+        loop.positions[:, 0] = index / 10
+
+    play(loop, [Trial(arm="a", episode=loop.draw_episode(0, 0), controller=Watch())], between=push)
+    assert seen[1:] == pytest.approx([i / 10 for i in range(N - 1)], abs=1e-6)
