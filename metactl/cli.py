@@ -151,7 +151,8 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.rundir import write_json
     from metactl.shards import default_workers
 
-    for flag, low in (("n_tasks", 2), ("grid", 1), ("n_envs", 1), ("n_workers", -1)):
+    least = {"n_tasks": 2, "grid": 1, "n_envs": 1, "n_workers": -1, "schedule_runs": 0}
+    for flag, low in least.items():
         if getattr(command, flag) < low:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} must be at least {low}, got {getattr(command, flag)}")
@@ -171,6 +172,7 @@ def _evaluate(command: Evaluate) -> int:
         each_group=full,
         population=8 if full else 0,
         disturbed=full,
+        schedule_runs=command.schedule_runs,
     )
     env_id, options = deployment(
         policy, data=command.data, horizon=command.optimizer_steps, rotation=command.rotation

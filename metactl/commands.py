@@ -95,6 +95,8 @@ class Evaluate:
     """Static settings over all knobs, the default among them."""
     static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
+    schedule_runs: int = 0
+    """Also search the best open-loop schedule by CMA-ES with so many runs (0: no search)."""
     optimizer_steps: int | None = None
     """Optimizer steps per run (default: as in the policy's training)."""
     rotation: str | None = None

@@ -23,6 +23,7 @@ from metactl.evaluation.arms import (
 )
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import play_pbt
+from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
@@ -46,6 +47,8 @@ class EvaluationPlan:
         each_group: Swap every group of signals alone too.
         population: Members of population-based training on each task; 0 leaves it out.
         disturbed: Play the main arms again, with something befalling every run.
+        schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
+            meta-training; 0 leaves it out.
     """
 
     n_tasks: int
@@ -56,6 +59,7 @@ class EvaluationPlan:
     each_group: bool = False
     population: int = 0
     disturbed: bool = False
+    schedule_runs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +138,19 @@ def evaluate(
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
         n_swaps = (1 + 5 * plan.each_group) if plan.controls else 0
         n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
-        count = _Counter(n * n_arms, progress)
+        count = _Counter(n * n_arms + plan.schedule_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
             then.append(yoked_arm(results.pop("policy, other seeds"), default))
             then += swapped_arms(policy, results["policy"], default, each=plan.each_group)
         results |= play_arms(shards, then, n, plan.seed, count)
+        if plan.schedule_runs:
+            with closing(where.open(split="meta_train")) as training:
+                schedule = best_schedule(
+                    training, default, n_runs=plan.schedule_runs, seed=plan.seed, on_done=count
+                )
+            results |= play_arms(shards, [schedule], n, plan.seed, count)
         if plan.population:
             played = play_pbt(shards, plan.population, n, plan.seed, default, count)
             results[f"PBT, best of {plan.population}"] = played

@@ -12,6 +12,7 @@ from metactl.evaluation import paired_episodes, play_arms, static_arm, summarise
 from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yoked_arm
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import Takeovers, play_pbt
+from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
@@ -249,3 +250,28 @@ def test_what_happens_between_control_steps_is_observed_by_the_next():
 
     play(loop, [Trial(arm="a", episode=loop.draw_episode(0, 0), controller=Watch())], between=push)
     assert seen[1:] == pytest.approx([i / 10 for i in range(N - 1)], abs=1e-6)
+
+
+# Search ------------------------------------------------------------------------------------------
+
+
+def test_the_searched_schedule_beats_every_static_setting_of_a_drifting_optimum(shards):
+    schedule = best_schedule(shards, DEFAULT, n_runs=400, seed=0, n_tasks=2)
+    static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
+    played = play_arms(shards, [schedule, *static], 4, 9)
+    losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
+    found = losses.pop("best schedule")
+    assert found < min(losses.values())
+    rates = [run.positions[:, 0] for run in played["best schedule"]]
+    assert rates[0][-1] > rates[0][2] + 0.1  # it rises, as the optimum does
+
+
+def test_a_search_spends_its_budget_and_is_repeatable(shards):
+    spent = []
+    found = [
+        best_schedule(shards, DEFAULT, n_runs=60, seed=3, n_tasks=2, on_done=spent.append)
+        for _ in range(2)
+    ]
+    controllers = [arm.controllers[0] for arm in found]
+    assert np.array_equal(controllers[0].positions, controllers[1].positions)
+    assert 2 * 60 <= sum(spent) <= 2 * 100

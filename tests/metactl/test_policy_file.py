@@ -10,7 +10,7 @@ from safetensors.numpy import save as save_tensors
 from safetensors.torch import save as save_torch_tensors
 
 from metactl import Knob, Policy, PolicyError
-from metactl.config import TrainConfig, dump, find_config, read_config
+from metactl.config import TrainConfig, find_config, parse, read_config
 from metactl.policy import PolicyCard, find_policy
 
 N_SEEN = 5
@@ -297,4 +297,4 @@ def test_the_shipped_policy_is_found_by_its_name(tmp_path, monkeypatch):
 def test_the_shipped_policy_came_from_the_packaged_recipe():
     card = Policy.load("default").card
     recipe = read_config(TrainConfig, find_config("default"), {})
-    assert card.training["config"] == dump(recipe)
+    assert parse(TrainConfig, card.training["config"], "the card") == recipe

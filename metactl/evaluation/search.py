@@ -1,0 +1,108 @@
+"""What could be had without feedback: search by CMA-ES (arXiv 1604.00772), at a budget of runs."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from metactl.controllers import BaseController, Schedule
+from metactl.evaluation.arms import Arm, play_arms
+from metactl.evaluation.summary import column
+from metactl.knobs import FloatArray
+from metactl.shards import ShardRow
+
+KNOTS = np.array([0.25, 0.5, 0.75, 1.0])  # of a schedule, in progress
+_SPREAD = 0.25  # of the first candidates, in ranges of a knob
+_SEPARABLE = 40  # dimensions from which on a diagonal covariance learns faster
+
+
+def search(
+    shards: ShardRow,
+    make: Callable[[FloatArray], BaseController],
+    start: FloatArray,
+    positions: FloatArray,
+    *,
+    spread: float,
+    bounds: tuple[float, float] | None,
+    n_runs: int,
+    n_tasks: int,
+    seed: int,
+    on_done: Callable[[int], None] | None = None,
+) -> FloatArray:
+    """The vector whose controller ends with the lowest probe loss, on average over tasks.
+
+    All candidates of a generation live through the same tasks; each generation has new ones.
+
+    Args:
+        shards: Where runs are played.
+        make: What a vector means.
+        start: Mean of the first generation.
+        positions: Where the knobs begin, `[n_knobs]` in [0, 1].
+        spread: Deviation of the first generation.
+        bounds: Of every entry, if any.
+        n_runs: Budget; the last generation may exceed it.
+        n_tasks: Tasks that a candidate is judged by.
+        seed: Of candidates, tasks and runs.
+        on_done: Called with the number of runs finished since the last call.
+
+    Returns:
+        The mean of the last generation, which varies less than its best member.
+    """
+    from cmaes import CMA, SepCMA
+
+    kind = SepCMA if len(start) >= _SEPARABLE else CMA
+    limits = None if bounds is None else np.tile(bounds, (len(start), 1))
+    optimizer = kind(mean=np.array(start), sigma=spread, bounds=limits, seed=seed)
+    done, generation = 0, 0
+    while done < n_runs:
+        candidates = [optimizer.ask() for _ in range(optimizer.population_size)]
+        arms = [
+            Arm(name=str(i), positions=positions, controllers=(make(candidate),))
+            for i, candidate in enumerate(candidates)
+        ]
+        played = play_arms(shards, arms, n_tasks, seed + generation, on_done)
+        losses = [float(column(played[arm.name], "final_probe").mean()) for arm in arms]
+        optimizer.tell(list(zip(candidates, losses, strict=True)))
+        done += n_tasks * len(candidates)
+        generation += 1
+    mean = np.asarray(optimizer.mean)
+    return mean if bounds is None else mean.clip(*bounds)
+
+
+def best_schedule(
+    shards: ShardRow,
+    positions: FloatArray,
+    *,
+    n_runs: int,
+    seed: int,
+    n_tasks: int = 8,
+    on_done: Callable[[int], None] | None = None,
+) -> Arm:
+    """The best open-loop schedule: positions at four points of progress, linear in between.
+
+    Args:
+        shards: Where runs are played, on the tasks that policies are trained on.
+        positions: Where the knobs begin, `[n_knobs]` in [0, 1].
+        n_runs: Budget.
+        seed: Of candidates, tasks and runs.
+        n_tasks: Tasks that a candidate is judged by.
+        on_done: Called with the number of runs finished since the last call.
+    """
+    n_control_steps = shards.describe()["n_control_steps"]
+
+    def make(vector: FloatArray) -> Schedule:
+        knots = np.concatenate((positions[None], vector.reshape(len(KNOTS), -1)))
+        return Schedule(np.concatenate(([0.0], KNOTS)), knots, n_control_steps)
+
+    found = search(
+        shards,
+        make,
+        np.tile(positions, len(KNOTS)).clip(0.1, 0.9),
+        positions,
+        spread=_SPREAD,
+        bounds=(0.0, 1.0),
+        n_runs=n_runs,
+        n_tasks=n_tasks,
+        seed=seed,
+        on_done=on_done,
+    )
+    return Arm(name="best schedule", positions=positions, controllers=(make(found),))
