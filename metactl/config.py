@@ -27,19 +27,27 @@ class EnvironmentConfig:
         id: Gymnasium id with its module prefix.
         options: Keyword arguments of the environment (see its documentation).
         n_envs: Training runs per worker, advanced as one tensor program.
-        n_workers: Worker processes with one thread each; -1 is one per core, 0 none.
+        n_workers: Worker processes with one thread each; -1 is one per core (and variant), 0 none.
+        variants: What workers change in the options, one set of changes each in turn, so that
+            runs are unlike: other tasks, other models. Knobs must stay the same.
     """
 
     id: str = "envs:AdaptiveTransformer-v0"
     options: dict[str, Any] = field(default_factory=dict)
     n_envs: int = 16
     n_workers: int = -1
+    variants: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_envs < 1:
             raise ValueError(f"n_envs must be at least 1 training run, got {self.n_envs}")
         if self.n_workers < -1:
             raise ValueError(f"n_workers must be -1, 0 or more, got {self.n_workers}")
+        if 0 <= self.n_workers < len(self.variants):
+            raise ValueError(
+                f"n_workers must be at least {len(self.variants)}, one for each variant, "
+                f"got {self.n_workers}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -170,10 +170,19 @@ class ShardRow:
         n_envs: Runs per shard.
         options: Keyword arguments of the environment.
         n_workers: Worker processes, one shard each; 0 keeps one shard in this process.
+        variants: What workers change in the options, one set of changes each in turn.
+
+    Raises:
+        ValueError: If the runs of some workers have other knobs than those of the first.
     """
 
     def __init__(
-        self, env_id: str, n_envs: int, options: Mapping[str, Any], n_workers: int
+        self,
+        env_id: str,
+        n_envs: int,
+        options: Mapping[str, Any],
+        n_workers: int,
+        variants: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.n_envs = n_envs
         self.n_shards = max(1, n_workers)
@@ -183,12 +192,23 @@ class ShardRow:
             self._local = Shard(env_id, n_envs, options)
             return
         try:
-            self._workers = [_Worker(env_id, n_envs, options) for _ in range(n_workers)]
+            changes = [variants[i % len(variants)] if variants else {} for i in range(n_workers)]
+            self._workers = [_Worker(env_id, n_envs, {**options, **each}) for each in changes]
             for worker in self._workers:
                 worker.receive()
+            self._require_the_same_knobs()
         except BaseException:
             self._kill()
             raise
+
+    def _require_the_same_knobs(self) -> None:
+        names = [[knob.name for knob in about["knobs"]] for about in self.call_all("describe")]
+        for other in names:
+            if other != names[0]:
+                raise ValueError(
+                    f"All variants must have the same knobs, got {', '.join(names[0])} and "
+                    f"{', '.join(other)}"
+                )
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls a method of every shard, with its own arguments; answers in order."""

@@ -20,7 +20,7 @@ _SDE = ("exploration_mat", "exploration_matrices")  # gSDE's noise, drawn once p
 
 
 def snapshot(
-    model: PPO, shards: ShardRow, scale: float
+    model: PPO, shards: ShardRow, scales: list[float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that determines how training goes on."""
     tensors: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def snapshot(
     scalars = {
         "num_timesteps": model.num_timesteps,
         "n_updates": model._n_updates,
-        "reward_scale": scale,
+        "reward_scales": scales,
         "reward_unit": model.env.reward_unit,
         "pending": {
             name: float(value)

@@ -55,7 +55,11 @@ class Normaliser(BaseFeaturesExtractor):
 def build_shards(config: TrainConfig) -> ShardRow:
     environment = config.environment
     workers = environment.n_workers if environment.n_workers >= 0 else default_workers()
-    return ShardRow(environment.id, environment.n_envs, environment.options, workers)
+    if environment.n_workers < 0:
+        workers = max(workers, len(environment.variants))
+    return ShardRow(
+        environment.id, environment.n_envs, environment.options, workers, environment.variants
+    )
 
 
 def train(
@@ -94,27 +98,27 @@ def train(
                 raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
             tensors, scalars = state
             restore(model, shards, tensors, scalars)
-            scale, env.reward_unit = scalars["reward_scale"], scalars["reward_unit"]
+            scales, env.reward_unit = scalars["reward_scales"], scalars["reward_unit"]
             pending = scalars["pending"]
         else:
-            scale, env.reward_unit = _calibrate(model, env)
+            scales, env.reward_unit = _calibrate(model, env)
             env.seed(config.seed << _SEED_BITS)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-        shards.call_all("set_reward_scale", scale)
+        shards.call("set_reward_scale", [(scale,) for scale in scales])
         purge_step = model.num_timesteps + 1 if resume else 0
         with Board(run_dir / "tb", purge_step=purge_step) as board:
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
             for name, value in pending.items():
                 model.logger.record(name, value)
-            keeper = _Keeper(config, run_dir, shards, scale, progress, report, tensors, board)
+            keeper = _Keeper(config, run_dir, shards, scales, progress, report, tensors, board)
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
         set_points = None
         if config.set_point_runs:
             set_points = healthy_set_points(shards, config.set_point_runs, config.seed)
-        policy = _to_policy(model, shards, config, scale, set_points)
+        policy = _to_policy(model, shards, config, scales, set_points)
     policy.save(run_dir / "policy")
     return policy
 
@@ -144,13 +148,13 @@ def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     )
 
 
-def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[float, float]:
+def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
     """Plays one episode per run, half at rest and half under random moves, and freezes the
     normaliser.
 
     Returns:
-        The median improvement of the runs at rest, in nats; and how far paired runs end apart
-        under random moves, in units of it (1 without pairs).
+        The median improvement of each shard's runs at rest, in nats; and how far paired runs end
+        apart under random moves, in units of it (1 without pairs).
     """
     n_control_steps = env.shards.describe()["n_control_steps"]
     n_knobs = len(env.shards.describe()["knobs"])
@@ -172,11 +176,14 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[float, float]:
     mean, std = standardisation(np.concatenate(observations[:-1]), names)
     normaliser.mean.copy_(torch.from_numpy(mean))
     normaliser.std.copy_(torch.from_numpy(std))
-    scale = max(float(np.median(improvement[resting])), 1e-3)
+    by_shard = improvement.reshape(env.shards.n_shards, -1)
+    rested = np.where(resting, improvement, np.nan).reshape(by_shard.shape)
+    rested[np.isnan(rested).all(axis=1)] = by_shard[np.isnan(rested).all(axis=1)]
+    scales = np.maximum(np.nanmedian(rested, axis=1), 1e-3)
     if env.paired_runs == 1:
-        return scale, 1.0
-    spread = improvement.reshape(-1, env.paired_runs).std(axis=1)
-    return scale, max(float(np.median(spread)) / scale, 1e-3)
+        return scales.tolist(), 1.0
+    relative = (by_shard / scales[:, None]).reshape(-1, env.paired_runs)
+    return scales.tolist(), max(float(np.median(relative.std(axis=1))), 1e-3)
 
 
 def standardisation(seen: np.ndarray, names: Sequence[str]) -> tuple[FloatArray, FloatArray]:
@@ -198,7 +205,7 @@ class _Keeper(BaseCallback):
         config: TrainConfig,
         run_dir: Path,
         shards: ShardRow,
-        scale: float,
+        scales: list[float],
         progress: Progress | None,
         report: Callable[[int, float], None] | None,
         resumed: dict[str, Tensor] | None,
@@ -208,7 +215,7 @@ class _Keeper(BaseCallback):
         self.board = board
         self._resumed = resumed
         self.config, self.run_dir, self.shards = config, run_dir, shards
-        self.scale, self.progress, self.report = scale, progress, report
+        self.scales, self.progress, self.report = scales, progress, report
         self._updates = 0
         self._ended: list[dict[str, Any]] = []
         self._finished: list[float] = []
@@ -224,7 +231,7 @@ class _Keeper(BaseCallback):
             restore_exploration(self.model, self._resumed)
             self._resumed = None
         if self._updates % self.config.checkpoint_every == 0:
-            tensors, scalars = snapshot(self.model, self.shards, self.scale)
+            tensors, scalars = snapshot(self.model, self.shards, self.scales)
             folder = self.run_dir / "checkpoints"
             save_checkpoint(folder, self.num_timesteps, tensors, scalars)
             self.board.flush()
@@ -265,7 +272,11 @@ class _Keeper(BaseCallback):
 
 
 def _to_policy(
-    model: PPO, shards: ShardRow, config: TrainConfig, scale: float, set_points: SetPoints | None
+    model: PPO,
+    shards: ShardRow,
+    config: TrainConfig,
+    scales: list[float],
+    set_points: SetPoints | None,
 ) -> Policy:
     """The deterministic part of the actor, as data."""
     about = shards.describe()
@@ -283,7 +294,7 @@ def _to_policy(
         observations=about["observation_names"],
         hidden=config.ppo.hidden,
         n_control_steps=about["n_control_steps"],
-        training={"config": dump(config), "reward_scale": scale, "versions": versions()},
+        training={"config": dump(config), "reward_scales": scales, "versions": versions()},
         set_points=set_points,
     )
     return Policy(card, {name: w.detach().double().numpy() for name, w in weights.items()})

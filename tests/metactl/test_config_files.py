@@ -114,6 +114,11 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_what_was_received(key
     assert re.search(rf"got {re.escape(str(value))}\b", message)
 
 
+def test_fewer_workers_than_variants_are_refused_with_both_numbers():
+    message = refusal(environment__n_workers=1, environment__variants=[{}, {}, {}])
+    assert "n_workers must be at least 3, one for each variant, got 1" in message
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -107,7 +107,7 @@ def test_the_policy_card_says_what_it_was_trained_on(trained):
     assert card.n_control_steps == 5
     assert card.hidden == (16,)
     assert card.training["config"]["ppo"]["total_timesteps"] == 80
-    assert card.training["reward_scale"] > 0
+    assert min(card.training["reward_scales"]) > 0
 
 
 def test_progress_is_told_of_every_control_step(trained):
@@ -181,7 +181,7 @@ def test_the_mean_return_on_the_board_is_that_of_whole_episodes(tmp_path):
     first = scalars(tmp_path)["rollout/ep_rew_mean"][0]
     # An untrained policy on the toy plant improves about as much as a run at rest, which is 1.
     assert first.value == pytest.approx(1, abs=0.35)
-    assert policy.card.training["reward_scale"] > 0.5
+    assert policy.card.training["reward_scales"][0] > 0.5
 
 
 def test_resuming_a_finished_training_gives_the_same_policy(trained, tmp_path):
@@ -202,6 +202,24 @@ def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
     values = {**TOYS, "environment": {**TOYS["environment"], "n_workers": 2}}
     with pytest.raises(RunDirectoryError, match=r"fewer than 2 shards; .*number of workers"):
         train(parse(TrainConfig, values, "test"), tmp_path, resume=True)
+
+
+def test_workers_learn_on_their_own_variants_in_units_of_their_own(tmp_path):
+    """A distance ten times as far gives improvements ten times as large, and rewards alike."""
+    variants = [{}, {"farther": 10.0}]
+    environment = {**TOYS["environment"], "n_workers": 2, "variants": variants}
+    policy = train(config({**TOYS, "environment": environment}), tmp_path)
+    near, far = policy.card.training["reward_scales"]
+    assert far == pytest.approx(10 * near, rel=0.5)
+    returned = scalars(tmp_path)["rollout/ep_rew_mean"][0].value
+    assert returned == pytest.approx(1, abs=0.35)
+
+
+def test_variants_with_other_knobs_are_refused_in_words(tmp_path):
+    options = {"d_model": 16, "n_layers": 1, "context": 16, "horizon": 40}
+    variants = [{}, {"knobs": ["dropout"]}]
+    with pytest.raises(ValueError, match=r"the same knobs, got rope_base.* and dropout"):
+        ShardRow(ID, 1, options, 2, variants)
 
 
 def test_training_finds_a_policy_that_beats_knobs_at_rest_on_paired_runs(tmp_path):

@@ -25,6 +25,7 @@ class ToyPlant(TrainingRun):
         horizon: Optimizer steps.
         diverge_above: A row whose rate is above this has a NaN loss.
         probes: Whether the probe loss is part of a measurement.
+        farther: Factor of the distance at the start.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class ToyPlant(TrainingRun):
         horizon: int = 40,
         diverge_above: float = np.inf,
         probes: bool = True,
+        farther: float = 1.0,
     ) -> None:
-        self.n_runs, self.horizon = n_runs, horizon
+        self.n_runs, self.horizon, self.farther = n_runs, horizon, farther
         self.diverge_above, self.probes = diverge_above, probes
         self.state = {
             "seed": np.zeros(n_runs, dtype=np.int64),
@@ -52,7 +54,7 @@ class ToyPlant(TrainingRun):
         return (RATE, WIDTH)
 
     def sample_task(self, seed: int, split: str = "meta_train") -> float:
-        return float(np.random.default_rng(seed).uniform(2, 4))
+        return self.farther * float(np.random.default_rng(seed).uniform(2, 4))
 
     def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:
         for row, task, seed in zip(rows, tasks, seeds, strict=True):
