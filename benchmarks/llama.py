@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.pool import in_processes
-from benchmarks.population import commit, machine
+from benchmarks.provenance import commit, machine
 from metactl import AttachError, Controller, PolicyError
 from metactl.files import write_atomically
 from metactl.progress import bar

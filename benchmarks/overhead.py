@@ -19,7 +19,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.plain import VOCABULARY, Transformer
-from benchmarks.population import commit, machine
+from benchmarks.provenance import commit, machine
 from metactl import Controller
 from metactl.controllers import RandomMoves
 

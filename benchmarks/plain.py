@@ -1,6 +1,7 @@
 """What a user would write instead: ordinary torch modules, one training run per process."""
 
 import multiprocessing
+import resource
 import time
 from typing import Any
 
@@ -81,13 +82,14 @@ def _work(shape: dict[str, int], batch_size: int, seconds: float, answer: Any) -
     while time.perf_counter() - start < seconds:
         step()
         n_steps += 1
-    answer.send(n_steps / (time.perf_counter() - start))
+    rate = n_steps / (time.perf_counter() - start)
+    answer.send((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def steps_per_second(
     shape: dict[str, int], batch_size: int, n_processes: int, seconds: float
-) -> float:
-    """Optimizer steps per second of all processes together, one thread each."""
+) -> tuple[float, float]:
+    """Optimizer steps per second of all processes together, and their peak memory in MiB."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
     processes = [
@@ -96,7 +98,7 @@ def steps_per_second(
     ]
     for process in processes:
         process.start()
-    rates = [ours.recv() for ours, _ in pipes]
+    answers = [ours.recv() for ours, _ in pipes]
     for process in processes:
         process.join()
-    return sum(rates)
+    return sum(rate for rate, _ in answers), sum(memory for _, memory in answers)

@@ -24,7 +24,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.population import commit, machine
+from benchmarks.provenance import commit, machine
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 from models.rotary import LayerTurn, Rotary, RotationConfig, Shape, rotation_names

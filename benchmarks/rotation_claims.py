@@ -119,7 +119,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _where(earlier: dict[str, Any]) -> dict[str, Any]:
     """Machine and commit; both commits where an earlier start had another."""
-    from benchmarks.population import commit, machine  # loads much, and workers import this file
+    from benchmarks.provenance import commit, machine  # loads much, and workers import this file
 
     before, now = earlier.get("commit", ""), commit()
     known = now if before in ("", now) else before if before.endswith(now) else f"{before}, {now}"

@@ -4,6 +4,7 @@ import errno
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import tyro
@@ -199,10 +200,13 @@ def _sweep(command: Sweep) -> int:
     from metactl.config import dump, find_config, parse_assignment, read_config
     from metactl.progress import bar, console
     from metactl.rundir import discard_if_refused, open_run_directory
-    from metactl.sweep.config import SweepConfig, described, plan
+    from metactl.sweep.config import Range, SweepConfig, described, plan
 
     changes = dict(parse_assignment(text) for text in command.set)
     config = read_config(SweepConfig, find_config(command.config), changes)
+    if command.rotation is not None:
+        key = _ROTATION if config.kind == "train" else "rotation"
+        config = replace(config, space={**config.space, key: Range(grid=(command.rotation,))})
     trials = plan(config)
     from metactl.sweep.trial import check_trial
 

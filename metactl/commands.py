@@ -119,6 +119,8 @@ class Sweep:
     """YAML file, or the name of a packaged sweep such as 'sweep' or 'sweep_apply'."""
     address: str | None = None
     """Of a Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
+    rotation: str | None = None
+    """Rotation variant of all trials, several joined by +, e.g. givens+t5 (docs/rotations.md)."""
     dry_run: bool = False
     """Print the trials and what they need, and start nothing."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)

@@ -1,0 +1,69 @@
+"""The limit of a shape: the batched matrix products of one optimizer step, and nothing else."""
+
+import multiprocessing
+import resource
+import time
+from typing import Any
+
+import torch
+
+Product = tuple[int, int, int, int]  # batch, rows, inner, columns
+
+
+def products(
+    n: int, batch_size: int, d_model: int, n_heads: int, n_layers: int, context: int
+) -> list[Product]:
+    """Forward products of a step of `n` replicas; backward does each twice, transposed."""
+    tokens, hidden, vocabulary = batch_size * context, 4 * d_model, 256
+    head_dim = d_model // n_heads
+    pairs = n * batch_size * n_heads
+    layer = [
+        (n, tokens, d_model, 3 * d_model),
+        (pairs, context, head_dim, context),
+        (pairs, context, context, head_dim),
+        (n, tokens, d_model, d_model),
+        (n, tokens, d_model, hidden),
+        (n, tokens, hidden, d_model),
+    ]
+    return [*layer * n_layers, (n, tokens, d_model, vocabulary)]
+
+
+def _work(shapes: list[Product], seconds: float, answer: Any) -> None:
+    torch.set_num_threads(1)
+    operands = []
+    for batch, rows, inner, columns in shapes:
+        x = torch.randn(batch, rows, inner)
+        w = torch.randn(batch, inner, columns)
+        operands.append((x, w, torch.randn(batch, rows, columns)))
+
+    def step() -> None:
+        for x, w, grad in operands:
+            torch.bmm(x, w)
+            torch.bmm(grad, w.transpose(1, 2))
+            torch.bmm(x.transpose(1, 2), grad)
+
+    step()
+    start, n_steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        step()
+        n_steps += 1
+    rate = n_steps / (time.perf_counter() - start)
+    answer.send((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def steps_per_second(
+    shape: dict[str, int], batch_size: int, n_envs: int, n_processes: int, seconds: float
+) -> tuple[float, float]:
+    """Replica steps per second of all processes together, and their peak memory in MiB."""
+    context = multiprocessing.get_context("spawn")
+    shapes = products(n_envs, batch_size, **shape)
+    pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
+    processes = [
+        context.Process(target=_work, args=(shapes, seconds, theirs)) for _, theirs in pipes
+    ]
+    for process in processes:
+        process.start()
+    answers = [ours.recv() for ours, _ in pipes]
+    for process in processes:
+        process.join()
+    return n_envs * sum(rate for rate, _ in answers), sum(memory for _, memory in answers)
