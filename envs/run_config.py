@@ -32,6 +32,8 @@ class RunConfig:
         unique_bytes: Range of the unique training data, in tokens, drawn log-uniformly.
         learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
             each run draws its own log-uniformly.
+        initial_scale: Factor of the initial weights (norms excepted), or a range from which each
+            run draws its own log-uniformly.
         warmup: Share of the horizon spent warming up.
         final_learning_rate: Learning rate at the end, as a share of the peak.
         weight_decay: Decoupled decay of matrices and embeddings.
@@ -59,6 +61,7 @@ class RunConfig:
     horizon: int | tuple[int, int] = 400
     unique_bytes: tuple[int, int] = (1_500, 1_000_000)
     learning_rate: float | tuple[float, float] = 8e-3
+    initial_scale: float | tuple[float, float] = 1.0
     warmup: float = 0.1
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
@@ -81,15 +84,16 @@ class RunConfig:
         for kind in self.disturbances:
             if kind not in KINDS:
                 raise ValueError(unknown_name("disturbance", kind, KINDS))
-        low, high = self.horizon_range
-        if not 1 <= low <= high:
+        first, last = self.horizon_range
+        if not 1 <= first <= last:
             raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
-        slow, fast = self.learning_rate_range
-        if not 0 < slow <= fast < math.inf:
-            raise ValueError(
-                f"learning_rate must be above 0 and finite, low <= high in a range, "
-                f"got {self.learning_rate}"
-            )
+        for name in ("learning_rate", "initial_scale"):
+            low, high = as_range(getattr(self, name))
+            if not 0 < low <= high < math.inf:
+                raise ValueError(
+                    f"{name} must be above 0 and finite, low <= high in a range, "
+                    f"got {getattr(self, name)}"
+                )
         for name in ("batch_size", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -116,11 +120,6 @@ class RunConfig:
     def horizon_range(self) -> tuple[int, int]:
         return (self.horizon,) * 2 if isinstance(self.horizon, int) else self.horizon
 
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        rate = self.learning_rate
-        return rate if isinstance(rate, tuple) else (rate, rate)
-
     def chosen_knobs(self) -> tuple[Knob, ...]:
         return knobs_of(self.transformer(), self.knobs, self.default_dropout, self.weight_decay)
 
@@ -134,3 +133,8 @@ class RunConfig:
             feed_forward=self.feed_forward,
             rotation=self.rotation,
         )
+
+
+def as_range(value: float | tuple[float, float]) -> tuple[float, float]:
+    """A range as it is, and a number as the range that holds it alone."""
+    return value if isinstance(value, tuple) else (value, value)

@@ -12,7 +12,7 @@ from envs.adamw import ReplicatedAdamW
 from envs.disturbances import Disturbances
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.reader import Reader
-from envs.run_config import RunConfig
+from envs.run_config import RunConfig, as_range
 from envs.tasks import Task, build_family
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
@@ -22,6 +22,7 @@ from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, t
 
 _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
+_SCALE_STREAM = 6
 _TASK_ROWS = ("train_start", "train_tokens", "probe", "test")
 _LATER = "later_"  # the task that a run switches to
 
@@ -101,7 +102,7 @@ class AdaptiveTransformerRun(TrainingRun):
         rows = list(rows)
         for row, task, seed in zip(rows, tasks, seeds, strict=True):
             self._rows["seed"][row] = seed
-            self._rows["peak"][row] = self._drawn_peak(seed)
+            self._rows["peak"][row] = _drawn(self.config.learning_rate, seed, _RATE_STREAM)
             self._assign(row, task)
             if self.disturbances.draw(row, seed, self.horizon):
                 self._assign(row, self.family.unlike(task, seed), _LATER)
@@ -110,6 +111,8 @@ class AdaptiveTransformerRun(TrainingRun):
         keys = torch.tensor(list(seeds), dtype=torch.int64)
         weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
         self.model.initialise(rows, weight_seeds)
+        for row, seed in zip(rows, seeds, strict=True):
+            self.model.scale_weights_(row, _drawn(self.config.initial_scale, seed, _SCALE_STREAM))
         self.optimizer.reset_rows(rows)
         self._set_knobs(
             {
@@ -126,11 +129,6 @@ class AdaptiveTransformerRun(TrainingRun):
         for name in _TASK_ROWS:
             value = torch.as_tensor(getattr(task, name), device=self.device)
             self._rows[when + name][row] = value
-
-    def _drawn_peak(self, seed: int) -> float:
-        low, high = self.config.learning_rate_range
-        rng = np.random.default_rng([seed, _RATE_STREAM])
-        return low * (high / low) ** rng.uniform()
 
     def _set_knobs(self, values: Mapping[str, Any], rows: Sequence[int]) -> None:
         for name in set(OPTIMIZER_KNOBS) & set(values):
@@ -311,3 +309,9 @@ class AdaptiveTransformerRun(TrainingRun):
             prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
         )
         return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")
+
+
+def _drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
+    """A run's own number of a range, log-uniform by its seed."""
+    low, high = as_range(value)
+    return float(low * (high / low) ** np.random.default_rng([seed, stream]).uniform())

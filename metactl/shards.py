@@ -186,6 +186,7 @@ class ShardRow:
     ) -> None:
         self.n_envs = n_envs
         self.n_shards = max(1, n_workers)
+        self._unlike = len(variants) > 1
         self._local: Shard | None = None
         self._workers: list[_Worker] = []
         if n_workers == 0:
@@ -233,11 +234,15 @@ class ShardRow:
     ) -> list[TrialResult]:
         """Plays trials, each a whole training run; results in the order of the trials.
 
+        A trial goes to whichever shard is free, so all must be alike.
+
         Args:
             trials: Any number; split into populations and handed to whichever shard is free.
             on_done: Called with the number of trials finished since the last call.
             between: What happens to the trials of a population between its control steps.
         """
+        if self._unlike:
+            raise ValueError("Trials are paired where all runs are alike; these shards are not")
         chunks = [trials[i : i + self.n_envs] for i in range(0, len(trials), self.n_envs)]
         results: list[list[TrialResult]] = [[] for _ in chunks]
         for index, answer in self._play_chunks(chunks, between):

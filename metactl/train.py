@@ -52,14 +52,14 @@ class Normaliser(BaseFeaturesExtractor):
         return ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
 
 
-def build_shards(config: TrainConfig) -> ShardRow:
+def build_shards(config: TrainConfig, *, unlike: bool = True) -> ShardRow:
+    """The runs that a policy learns on; not `unlike`, all of them without variants."""
     environment = config.environment
     workers = environment.n_workers if environment.n_workers >= 0 else default_workers()
     if environment.n_workers < 0:
         workers = max(workers, len(environment.variants))
-    return ShardRow(
-        environment.id, environment.n_envs, environment.options, workers, environment.variants
-    )
+    variants = environment.variants if unlike else ()
+    return ShardRow(environment.id, environment.n_envs, environment.options, workers, variants)
 
 
 def train(
@@ -115,10 +115,12 @@ def train(
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
-        set_points = None
-        if config.set_point_runs:
-            set_points = healthy_set_points(shards, config.set_point_runs, config.seed)
-        policy = _to_policy(model, shards, config, scales, set_points)
+        about = shards.describe()
+    set_points = None
+    if config.set_point_runs:
+        with build_shards(config, unlike=False) as alike:
+            set_points = healthy_set_points(alike, config.set_point_runs, config.seed)
+    policy = _to_policy(model, about, config, scales, set_points)
     policy.save(run_dir / "policy")
     return policy
 
@@ -273,13 +275,12 @@ class _Keeper(BaseCallback):
 
 def _to_policy(
     model: PPO,
-    shards: ShardRow,
+    about: dict[str, Any],
     config: TrainConfig,
     scales: list[float],
     set_points: SetPoints | None,
 ) -> Policy:
     """The deterministic part of the actor, as data."""
-    about = shards.describe()
     normaliser = model.policy.features_extractor
     assert isinstance(normaliser, Normaliser)
     layers = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]

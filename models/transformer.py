@@ -157,6 +157,14 @@ class AdaptiveTransformer(nn.Module):
                 parameter[row].copy_(draw)
             self.rotation.initialise(row, generator)
 
+    @torch.no_grad()
+    def scale_weights_(self, row: int, factor: float) -> None:
+        """Multiplies the matrices and embeddings of one replica, after `initialise`."""
+        if factor != 1:
+            for name, parameter in self._own_parameters():
+                if not name.endswith("norm"):
+                    parameter[row] *= factor
+
     def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All but the rotation's, so that variants share what they have in common."""
         named = self.named_parameters()

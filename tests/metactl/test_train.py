@@ -222,6 +222,12 @@ def test_variants_with_other_knobs_are_refused_in_words(tmp_path):
         ShardRow(ID, 1, options, 2, variants)
 
 
+def test_unlike_shards_play_no_paired_trials():
+    with ShardRow(TOY, 1, {}, 2, [{}, {"farther": 10.0}]) as row:
+        with pytest.raises(ValueError, match="these shards are not"):
+            row.play([])
+
+
 def test_training_finds_a_policy_that_beats_knobs_at_rest_on_paired_runs(tmp_path):
     """From random rates there is much to gain: the best one drifts, and stays inside."""
     options = {"horizon": 12, "n_control_steps": 6, "random_start": 1.0}
