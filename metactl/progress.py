@@ -13,12 +13,15 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+_FILE_WIDTH = 110
 Progress = Callable[[int, int, str], None]
 """Called with what is done, what there is in all, and a short status."""
 
 
 def console() -> Console:
-    return Console(highlight=False)
+    """Where people read: a terminal as wide as it is; a file or a pipe wide enough for a table."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
         "best ckpt",
         "policy minus arm (95 %)",
         "wins",
-        "GFLOP",
         "in balance",
     ):
         table.add_column(header, justify="right")
@@ -34,7 +33,6 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
             f"{figures['best_checkpoint_test']:.3f}",
             _difference(summary, arm),
             _share(wins),
-            f"{figures['flops'] / 1e9:.1f}",
             _share(figures.get("homeostasis_index")),
         )
     return table

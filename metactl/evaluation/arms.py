@@ -183,7 +183,7 @@ def swapped_arms(
     recorded = [of_policy[(task + 1) % n].observations for task in range(n)]
     return [
         Arm(
-            name=f"{label} of another run",
+            name=f"another run's {label}",
             positions=positions,
             controllers=[
                 _guarded(policy, WithSignalsOf(Learned(policy), names, record))

@@ -319,6 +319,23 @@ def test_each_run_draws_its_peak_log_uniformly_from_a_range(start):
     assert start(seeds[5:6], warmup=0.0, learning_rate=(1e-3, 4e-3))._learning_rate() == rates[5]
 
 
+def test_each_run_draws_the_scale_of_its_first_weights_and_norms_stay_one(start):
+    seeds = list(range(400, 432))
+    plain, scaled = start(seeds), start(seeds, initial_scale=(0.1, 0.4))
+    pairs = zip(plain.model.named_parameters(), scaled.model.parameters(), strict=True)
+    factors = {name: (b / a).flatten(1) for (name, a), b in pairs if "rotation" not in name}
+    for name, factor in factors.items():
+        if name.endswith("norm"):
+            assert torch.equal(factor, torch.ones_like(factor))
+        else:
+            torch.testing.assert_close(factor, factors["embedding"][:, :1].expand_as(factor))
+    drawn = factors["embedding"][:, 0]
+    assert 0.1 <= float(drawn.min()) and float(drawn.max()) <= 0.4
+    assert float(drawn.median()) == pytest.approx(0.2, rel=0.3)
+    alone = start(seeds[3:4], initial_scale=(0.1, 0.4))
+    assert torch.equal(alone.optimizer.values[0], scaled.optimizer.values[3])
+
+
 @pytest.mark.parametrize(
     ("knob", "value", "default", "options"),
     [

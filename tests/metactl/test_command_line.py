@@ -145,7 +145,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
-    arms |= {"random moves", "yoked", "all signals of another run"}
+    arms |= {"random moves", "yoked", "another run's all signals"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
@@ -168,7 +168,7 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     summary = json.loads(report.read_text())
     arms = summary["arms"]
     assert arms["PBT, best of 8"]["flops"] > 2 * arms["default"]["flops"]
-    assert {"probe loss of another run", "train loss of another run"} <= set(arms)
+    assert {"another run's probe loss", "another run's train loss"} <= set(arms)
     disturbed = summary["disturbed"]
     assert set(disturbed["arms"]) == {"policy", "responsive rule", "best static", "replay"}
     for figures in disturbed["arms"].values():

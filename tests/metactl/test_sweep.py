@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from metactl.cli import main
 from metactl.config import ConfigError, parse
 from metactl.sweep.config import Resources, SweepConfig, plan, trial_folder
 from metactl.sweep.trial import check_trial, read_result, run_trial
@@ -99,6 +100,16 @@ def test_a_value_that_the_recipe_does_not_take_is_refused_before_anything_starts
         plan(sweep(tmp_path, space))
     with pytest.raises(ConfigError, match=r"ppo.learning_rat.*Did you mean 'learning_rate'"):
         plan(sweep(tmp_path, {"ppo.learning_rat": {"grid": [1e-3]}}))
+
+
+def test_a_rotation_is_that_of_all_trials(capsys, tmp_path):
+    arguments = ["--rotation", "givens", "--dry-run", "--run-dir", str(tmp_path / "run")]
+    for config, key in (("sweep", "environment.options.rotation"), ("sweep_apply", "rotation")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["sweep", "--config", config, *arguments])
+        first, *trials = capsys.readouterr().out.splitlines()
+        assert stopped.value.code == 0 and first.startswith("4 trials")
+        assert len(trials) == 4 and all(f"{key}=givens" in line for line in trials)
 
 
 # One trial -----------------------------------------------------------------------------------
