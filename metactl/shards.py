@@ -4,13 +4,10 @@ A shard is a vector environment of N runs. Small runs gain little from threads i
 program, so on a CPU each core gets its own worker process with one thread.
 """
 
-import multiprocessing
 import os
-import signal
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,9 @@ import gymnasium
 import numpy as np
 
 from metactl.env import TrainingRunVectorEnv
-from metactl.errors import WorkerDied
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, Trial, TrialResult, play
-
-
-class ShardError(RuntimeError):
-    """A worker process failed; the message holds what it said."""
+from metactl.worker import Worker
 
 
 def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
@@ -101,67 +94,6 @@ class Shard:
         self.env.close()
 
 
-def _serve(connection: Connection, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
-    """A worker process: builds its shard, then answers calls until it is closed."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    try:
-        shard = Shard(env_id, n_envs, options)
-        connection.send(("ok", None))
-        while True:
-            method, args = connection.recv()
-            connection.send(("ok", getattr(shard, method)(*args)))
-            if method == "close":
-                return
-    except EOFError:
-        return  # the parent is gone
-    except ImportError as error:
-        connection.send(("not found", str(error)))
-    except ValueError as error:
-        connection.send(("refused", str(error)))
-    except Exception:
-        connection.send(("failed", traceback.format_exc()))
-
-
-class _Worker:
-    """The parent's end of a worker process."""
-
-    def __init__(self, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, env_id, n_envs, dict(options)), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def send(self, method: str, *args: Any) -> None:
-        try:
-            self.connection.send((method, args))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # what the worker said, or its end, is read by `receive`
-
-    def receive(self) -> Any:
-        try:
-            status, answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join(timeout=5)
-            raise WorkerDied(
-                f"A worker process died (exit code {self.process.exitcode}); "
-                f"was it killed, or out of memory?"
-            ) from None
-        if status == "refused":
-            raise ValueError(answer)
-        if status == "not found":
-            raise ImportError(answer)
-        if status == "failed":
-            raise ShardError(f"A worker process failed:\n{answer}")
-        return answer
-
-
 class ShardRow:
     """Several shards of equal size, advanced together.
 
@@ -188,15 +120,17 @@ class ShardRow:
         self.n_shards = max(1, n_workers)
         self._unlike = len(variants) > 1
         self._local: Shard | None = None
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         if n_workers == 0:
             self._local = Shard(env_id, n_envs, options)
             return
         try:
             changes = [variants[i % len(variants)] if variants else {} for i in range(n_workers)]
-            self._workers = [_Worker(env_id, n_envs, {**options, **each}) for each in changes]
+            self._workers = [
+                Worker(Shard, (env_id, n_envs, {**options, **each})) for each in changes
+            ]
             for worker in self._workers:
-                worker.receive()
+                worker.require_ready()
             self._require_the_same_knobs()
         except BaseException:
             self._kill()
@@ -258,7 +192,7 @@ class ShardRow:
             yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))
             return
         waiting = list(enumerate(chunks))[::-1]
-        busy: dict[Any, tuple[int, _Worker]] = {}
+        busy: dict[Any, tuple[int, Worker]] = {}
         idle = list(self._workers)
         while waiting or busy:
             while waiting and idle:
@@ -281,9 +215,7 @@ class ShardRow:
 
     def _kill(self) -> None:
         for worker in self._workers:
-            if worker.process.is_alive():
-                worker.process.terminate()
-            worker.connection.close()
+            worker.kill()
         self._workers = []
 
     def __enter__(self) -> "ShardRow":

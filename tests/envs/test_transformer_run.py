@@ -323,7 +323,7 @@ def test_each_run_draws_the_scale_of_its_first_weights_and_norms_stay_one(start)
     seeds = list(range(400, 432))
     plain, scaled = start(seeds), start(seeds, initial_scale=(0.1, 0.4))
     pairs = zip(plain.model.named_parameters(), scaled.model.parameters(), strict=True)
-    factors = {name: (b / a).flatten(1) for (name, a), b in pairs if "rotation" not in name}
+    factors = {n: (b / a).detach().flatten(1) for (n, a), b in pairs if "rotation" not in n}
     for name, factor in factors.items():
         if name.endswith("norm"):
             assert torch.equal(factor, torch.ones_like(factor))

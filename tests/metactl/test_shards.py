@@ -7,8 +7,9 @@ import pytest
 from toy_plant import TOY
 
 from metactl.controllers import RandomMoves, Static
+from metactl.errors import WorkerDied
 from metactl.rollout import Trial
-from metactl.shards import ShardRow, WorkerDied, make_population
+from metactl.shards import ShardRow, make_population
 from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
@@ -103,17 +104,67 @@ def test_a_refused_option_says_the_same_from_a_worker_as_from_this_process(optio
     assert next(iter(options)) in messages[0]
 
 
-def test_a_killed_worker_is_an_error_in_words_and_no_hang():
-    row = ShardRow(TOY, 1, {}, n_workers=1)
-    try:
-        os.kill(row._workers[0].process.pid, signal.SIGKILL)
+def kill(worker):
+    assert worker.process.is_alive()
+    os.kill(worker.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("saved_after", [None, 0, 3])
+def test_a_killed_worker_starts_again_and_nothing_tells_the_difference(saved_after, caplog):
+    """Killed between calls and within one, before and after its state was last saved."""
+    moves = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4)).astype(np.float32)
+    trajectories = []
+    for kills in (False, True):
+        with ShardRow(ID, 2, {**OPTIONS, "dtype": "float32"}, n_workers=2) as row:
+            row.call("set_reward_scale", [(0.5,), (2.0,)])
+            env = ShardVecEnv(row)
+            env.seed(7)
+            seen, rewards = [env.reset()], []
+            for i, move in enumerate(moves):
+                if i == saved_after:
+                    row.call_all("state_dict")
+                if kills and i in (1, 4):
+                    kill(row._workers[i % 2])
+                if kills and i == 5:
+                    row._workers[0].send("step", move[:2])
+                    kill(row._workers[0])
+                    row._workers[1].send("step", move[2:])
+                    answers = [worker.receive() for worker in row._workers]
+                    observation = np.concatenate([answer[0] for answer in answers])
+                    reward = np.concatenate([answer[1] for answer in answers])
+                else:
+                    observation, reward, *_ = env.step(move)
+                seen.append(observation)
+                rewards.append(np.asarray(reward, dtype=np.float32))
+            trajectories.append((np.stack(seen), np.stack(rewards)))
+    np.testing.assert_array_equal(trajectories[0][0], trajectories[1][0])
+    np.testing.assert_array_equal(trajectories[0][1], trajectories[1][1])
+    told = [r.message for r in caplog.records if "worker process died" in r.message]
+    assert len(told) == 3 and "(exit code -9)" in told[0] and "redoes" in told[0]
+
+
+def test_trials_that_a_dying_worker_had_are_played_again(workers):
+    with ShardRow(ID, 2, OPTIONS, n_workers=0) as local:
+        loop = local._local.env.loop
+        trials = [
+            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            for i in range(6)
+        ]
+        expected = local.play(trials)
+    kill(workers._workers[0])
+    results = workers.play(trials)
+    assert [result.arm for result in results] == [str(i) for i in range(6)]
+    for left, right in zip(results, expected, strict=True):
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+
+
+def test_a_call_that_kills_its_worker_every_time_is_an_error_in_words_and_no_hang():
+    with ShardRow(TOY, 1, {"dies": True}, n_workers=1) as row:
+        row.call_all("reset", 0)
         began = time.monotonic()
-        with pytest.raises(WorkerDied, match=r"worker process died \(exit code -9\)"):
-            for _ in range(3):
-                row.call_all("reset", 0)
-        assert time.monotonic() - began < 10
-    finally:
-        row.close()
+        with pytest.raises(WorkerDied, match=r"worker process died \(exit code 9\)"):
+            row.call_all("step", np.zeros((1, 2)))
+        assert time.monotonic() - began < 60
 
 
 def test_an_environment_that_is_no_population_of_runs_is_refused():

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -190,6 +191,23 @@ def test_resuming_a_finished_training_gives_the_same_policy(trained, tmp_path):
     before = weights(tmp_path)
     train(settings, tmp_path, resume=True)
     assert weights(tmp_path) == before
+
+
+def test_a_worker_killed_in_training_changes_nothing(tmp_path):
+    values = {**TOYS, "environment": {**TOYS["environment"], "n_workers": 2}}
+    settings = config(values)
+    train(settings, tmp_path / "whole")
+    victims = []
+
+    def kill_once(done, total, status):
+        if done >= total // 2 and not victims:
+            victims.extend(multiprocessing.active_children()[:1])
+            assert victims[0].is_alive()
+            os.kill(victims[0].pid, signal.SIGKILL)
+
+    train(settings, tmp_path / "hit", progress=kill_once)
+    assert victims and not victims[0].is_alive()
+    assert weights(tmp_path / "hit") == weights(tmp_path / "whole")
 
 
 def test_there_must_be_a_checkpoint_to_resume(tmp_path):

@@ -1,5 +1,6 @@
 """A training run with known answers: N noisy descents whose best rate drifts, numpy only."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class ToyPlant(TrainingRun):
         diverge_above: A row whose rate is above this has a NaN loss.
         probes: Whether the probe loss is part of a measurement.
         farther: Factor of the distance at the start.
+        dies: Whether the process ends when it is to advance.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class ToyPlant(TrainingRun):
         diverge_above: float = np.inf,
         probes: bool = True,
         farther: float = 1.0,
+        dies: bool = False,
     ) -> None:
+        self.dies = dies
         self.n_runs, self.horizon, self.farther = n_runs, horizon, farther
         self.diverge_above, self.probes = diverge_above, probes
         self.state = {
@@ -67,6 +71,8 @@ class ToyPlant(TrainingRun):
             self.state[name][:] = value
 
     def advance(self, n_steps: int) -> Measurement:
+        if self.dies:
+            os._exit(9)
         state = self.state
         batches = [self._optimizer_step() for _ in range(n_steps)]
         state["diverged"] |= state["rate"] > self.diverge_above
