@@ -16,6 +16,7 @@ from models.knobs import Knobs
 from models.layers import Pass, attention, drop, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
 from models.rotary import Rotary, fold
+from models.shrink import active_knobs, active_parameters, common_level, shrunk_config
 
 
 class AdaptiveTransformer(nn.Module):
@@ -214,6 +215,39 @@ class AdaptiveTransformer(nn.Module):
         for name, parameter in self.rotation.named_parameters():
             parameter.requires_grad_(learns[name].requires_grad)
         self.rotation.train(self.training)
+        self.refresh()
+        return self
+
+    @torch.no_grad()
+    def shrink_(self) -> "AdaptiveTransformer":
+        """Drops what the width in force leaves inactive, for good: same logits, less of a model.
+
+        For deployment: an optimizer made before still holds what is gone.
+
+        Raises:
+            ValueError: If replicas differ in width, or a width still fades.
+        """
+        top = common_level(self.knobs.gates, self.knobs.width_level)
+        config = shrunk_config(self.config, top)
+        learns = {name: p.requires_grad for name, p in self.named_parameters()}
+        kept = active_parameters(dict(self.named_parameters()), self.parameter_levels(), top)
+        knobs = active_knobs(self.knobs.storage(), config.n_heads, top)
+        small = AdaptiveTransformer(
+            config,
+            self.n_replicas,
+            device=self.embedding.device,
+            dtype=self.embedding.dtype,
+            sliced=self.sliced,
+        )
+        for name, parameter in small.named_parameters():
+            parameter.copy_(kept[name])
+            parameter.requires_grad_(learns[name])
+        for name, value in small.knobs.storage().items():
+            value.copy_(knobs[name])
+        small.train(self.training)
+        for name, part in (*small.named_parameters(recurse=False), *small.named_children()):
+            setattr(self, name, part)
+        self.config = config
         self.refresh()
         return self
 
