@@ -44,7 +44,9 @@ class ReplicatedAdamW:
         n_levels = model.knobs.gates.shape[1]
         device = self.values.device
         self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
-        self._group = self._partition(model, n_levels)
+        levels = model.parameter_levels()
+        self._level = torch.cat([levels[name].flatten() for name, _ in model.named_parameters()])
+        self._decayed = _stretches(model)
         self._sizes = [p[0].numel() for p in self._parameters]
         names = [name for name, _ in model.named_parameters()]
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
@@ -56,17 +58,6 @@ class ReplicatedAdamW:
             size = p[0].numel()
             p.data = self.values[:, start : start + size].view(p.shape)
             start += size
-
-    def _partition(self, model: AdaptiveTransformer, n_levels: int) -> Tensor:
-        """One-hot `[2 * n_levels, n_params]`: level, and level without decay."""
-        levels, decayed = model.parameter_levels(), model.decayed_parameters()
-        groups = [
-            levels[name].flatten() + (0 if name in decayed else n_levels)
-            for name, _ in model.named_parameters()
-        ]
-        group = torch.cat(groups)
-        index = torch.arange(2 * n_levels, device=group.device)
-        return (group == index[:, None]).to(self.values)
 
     def collect_gradient(self) -> Float[Tensor, " replica"]:
         """Moves the parameters' gradients into the buffer; returns each replica's norm."""
@@ -106,10 +97,11 @@ class ReplicatedAdamW:
         self.moment1.lerp_(gradient, self._expand(self._rate(beta1, active)))
         self.moment2.lerp_(gradient.square_(), self._expand(self._rate(beta2, active)))
         rate = learning_rate[:, None] * active
-        step = self.moment2.sqrt().add_(self.eps)
+        step = torch.sqrt(self.moment2, out=self.gradient).add_(self.eps)
         torch.div(self.moment1, step, out=step).mul_(self._expand(rate))
-        decay = rate * weight_decay[:, None]
-        step.addcmul_(self.values, self._expand(decay, undecayed=torch.zeros_like(decay)))
+        decay = self._expand(rate * weight_decay[:, None]).expand_as(step)
+        for part in self._decayed:
+            step[:, part].addcmul_(self.values[:, part], decay[:, part])
         ratios = None
         if measure:
             ratios = self._block_norms(step) / self._block_norms(self.values)
@@ -126,10 +118,16 @@ class ReplicatedAdamW:
         rate = (1 - beta) / (1 - beta ** self.counts.clamp(min=1))
         return rate * active
 
-    def _expand(self, table: Tensor, undecayed: Tensor | None = None) -> Tensor:
-        """Spreads `[replica, level]` over the parameters, `[replica, n_params]`, exactly."""
-        both = torch.cat((table, table if undecayed is None else undecayed), dim=1)
-        return both.to(self.values) @ self._group
+    def _expand(self, table: Tensor) -> Tensor:
+        """Spreads `[replica, level]` over the parameters, `[replica, n_params]`.
+
+        Where all levels have the same value, one column stands for all (told apart on a CPU only:
+        elsewhere it would wait for the device).
+        """
+        table = table.to(self.values)
+        if table.device.type == "cpu" and bool((table == table[:, :1]).all()):
+            return table[:, :1]
+        return table.index_select(1, self._level)
 
     def reset_rows(self, rows: list[int]) -> None:
         """Forgets the moments and counts of some replicas."""
@@ -144,3 +142,17 @@ class ReplicatedAdamW:
             "moment2": self.moment2,
             "counts": self.counts,
         }
+
+
+def _stretches(model: AdaptiveTransformer) -> list[slice]:
+    """Where the decayed parameters lie in the buffer, neighbours together."""
+    decayed, start = model.decayed_parameters(), 0
+    stretches: list[slice] = []
+    for name, parameter in model.named_parameters():
+        end = start + parameter[0].numel()
+        if name in decayed and stretches and stretches[-1].stop == start:
+            stretches[-1] = slice(stretches[-1].start, end)
+        elif name in decayed:
+            stretches.append(slice(start, end))
+        start = end
+    return stretches

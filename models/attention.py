@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+_CHUNKS_BEHIND = 4  # of the band: more of them see fewer keys in vain, and copy more
+_SHORTEST_CHUNK = 32
+_BANDED_UP_TO = 0.75  # of the sequence; a longer band costs what the whole does
 EXPLICIT_UP_TO = 128  # tokens; below, batched products beat the fused kernel on CPUs
 
 
@@ -75,7 +78,7 @@ def banded_attention(
     ramp: float,
     by_distance: Float[Tensor, "replica head seq"] | None = None,
 ) -> Float[Tensor, "replica batch head seq head_dim"]:
-    """Attention when all replicas share one span: a band when that is shorter than half the
+    """Attention when all replicas share one span: a band where that is clearly shorter than the
     sequence, else fused causal attention (with the span's edge as a bias where it shows).
 
     Args:
@@ -89,58 +92,77 @@ def banded_attention(
     n, batch, _, seq, _ = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     scale = 1 / math.sqrt(v.shape[-1])
-    chunk = math.ceil(span + ramp)
+    reach = math.ceil(span + ramp) - 1  # distance of the furthest key that has any weight
+    chunk = max(_SHORTEST_CHUNK, math.ceil(reach / _CHUNKS_BEHIND))
+    n_behind = math.ceil(reach / chunk)
     shared = torch.tensor([span], device=q.device, dtype=torch.float64)
-    if 2 * chunk > seq:
-        if span >= seq - 1 and by_distance is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        else:
-            distance = causal_distance(seq, device=q.device, dtype=torch.float64)
-            bias = span_log_weight(distance, shared, ramp).to(q.dtype)
-            if by_distance is not None:
-                bias = (bias + toeplitz(by_distance).to(q.dtype)).repeat_interleave(batch, 0)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if span >= seq - 1 and by_distance is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    elif (n_behind + 1) * chunk > _BANDED_UP_TO * seq:
+        distance = causal_distance(seq, device=q.device, dtype=torch.float64)
+        bias = span_log_weight(distance, shared, ramp).to(q.dtype)
+        if by_distance is not None:
+            bias = (bias + toeplitz(by_distance).to(q.dtype)).repeat_interleave(batch, 0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     else:
-        out = _banded(q, k, v, shared, ramp, chunk, by_distance)
+        bias = _band_bias(seq, shared, ramp, chunk, n_behind).to(q.dtype)
+        if by_distance is not None:
+            bias = bias + _by_band_distance(by_distance, chunk, n_behind).to(q.dtype)
+            bias = bias.repeat_interleave(batch, 0)
+        else:
+            bias = bias.expand(n * batch, *bias.shape[1:])
+        out = _banded(q, k, v, bias, chunk, n_behind)
     return out.unflatten(0, (n, batch))
 
 
-def _banded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Tensor,
-    ramp: float,
-    chunk: int,
-    by_distance: Tensor | None,
-) -> Tensor:
+def _banded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chunk: int, n_behind: int) -> Tensor:
+    """Queries in chunks, each with the keys of its own chunk and of those behind it.
+
+    Chunks lie along the batch, where the fused kernels take them for sequences of their own.
+    """
     rows, _, seq, _ = q.shape
     n_chunks = math.ceil(seq / chunk)
     padding = n_chunks * chunk - seq
 
     def chunks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (n_chunks, chunk))
+        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (n_chunks, chunk)).transpose(1, 2)
 
-    def with_previous(x: Tensor) -> Tensor:
-        x = chunks(x)
-        previous = F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1]
-        return torch.cat((previous, x), dim=3)
+    def with_those_behind(x: Tensor) -> Tensor:
+        x = F.pad(chunks(x), (0, 0, 0, 0, 0, 0, n_behind, 0))
+        return torch.cat([x[:, i : i + n_chunks] for i in range(n_behind + 1)], dim=3)
 
-    query = torch.arange(chunk, device=q.device, dtype=torch.float64)[:, None] + chunk
-    key = torch.arange(2 * chunk, device=q.device, dtype=torch.float64)[None, :]
-    bias = span_log_weight(query - key, span, ramp)
-    bias = bias.expand(n_chunks, chunk, 2 * chunk).clone()
-    bias[0, :, :chunk] = -torch.inf  # before the first chunk there is nothing
-    bias = bias.to(q.dtype)
-    if by_distance is not None:
-        distance = (query - key).clamp(0, seq - 1).long()
-        relative = by_distance.to(q.dtype)[:, :, None, distance]
-        bias = (bias + relative).repeat_interleave(rows // len(by_distance), 0)
-    scale = 1 / math.sqrt(v.shape[-1])
     out = F.scaled_dot_product_attention(
-        chunks(q), with_previous(k), with_previous(v), attn_mask=bias, scale=scale
+        chunks(q).flatten(0, 1),
+        with_those_behind(k).flatten(0, 1),
+        with_those_behind(v).flatten(0, 1),
+        attn_mask=bias.flatten(0, 1),
+        scale=1 / math.sqrt(v.shape[-1]),
     )
-    return out.flatten(2, 3)[:, :, :seq]
+    return out.unflatten(0, (rows, n_chunks)).transpose(1, 2).flatten(2, 3)[:, :, :seq]
+
+
+def _band_distance(chunk: int, n_behind: int, device: torch.device) -> Tensor:
+    """Distance of every key that a chunk sees from each of its queries, `[query, key]`."""
+    query = torch.arange(chunk, device=device, dtype=torch.float64) + n_behind * chunk
+    key = torch.arange((n_behind + 1) * chunk, device=device, dtype=torch.float64)
+    return query[:, None] - key
+
+
+def _band_bias(seq: int, span: Tensor, ramp: float, chunk: int, n_behind: int) -> Tensor:
+    """Log weights of the keys that each chunk sees, `[1, chunk, 1, query, key]`."""
+    n_chunks = math.ceil(seq / chunk)
+    weight = span_log_weight(_band_distance(chunk, n_behind, span.device), span, ramp)
+    first = (torch.arange(n_chunks, device=span.device) - n_behind) * chunk
+    place = first[:, None] + torch.arange(weight.shape[-1], device=span.device)
+    before = torch.where(place < 0, -torch.inf, 0.0)  # before the first chunk there is nothing
+    return (weight + before[:, None, :])[None, :, None]
+
+
+def _by_band_distance(by_distance: Tensor, chunk: int, n_behind: int) -> Tensor:
+    """A relative bias at those places, `[replica, 1, head, query, key]`."""
+    distance = _band_distance(chunk, n_behind, by_distance.device)
+    index = distance.clamp(0, by_distance.shape[-1] - 1).long()
+    return by_distance[:, None, :, index]
 
 
 def toeplitz(
