@@ -1,10 +1,31 @@
 """AdamW for many replicas at once, in one flat buffer."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models import AdaptiveTransformer
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Parts of the buffers that are stepped together, each with a leading replica dimension.
+
+    Args:
+        values: Parameters.
+        moment1: Their first moments.
+        moment2: Their second moments.
+        gradient: Their gradients.
+        decayed: Stretches of the second dimension that decay.
+    """
+
+    values: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    gradient: Tensor
+    decayed: list[slice]
 
 
 class ReplicatedAdamW:
@@ -44,11 +65,16 @@ class ReplicatedAdamW:
         n_levels = model.knobs.gates.shape[1]
         device = self.values.device
         self.counts = torch.zeros(n, n_levels, dtype=torch.float64, device=device)
-        levels = model.parameter_levels()
-        self._level = torch.cat([levels[name].flatten() for name, _ in model.named_parameters()])
-        self._decayed = _stretches(model)
-        self._sizes = [p[0].numel() for p in self._parameters]
+        levels, decayed = model.parameter_levels(), model.decayed_parameters()
         names = [name for name, _ in model.named_parameters()]
+        self._levels = [levels[name] for name in names]
+        self._level = torch.cat([level.flatten() for level in self._levels])
+        self._decays = [[slice(None)] if name in decayed else [] for name in names]
+        buffers = (self.values, self.moment1, self.moment2, self.gradient)
+        self._whole = _Views(*buffers, _stretches(model))
+        self._sliced = model.sliced
+        self._views: dict[int, list[_Views]] = {}
+        self._sizes = [p[0].numel() for p in self._parameters]
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
         self._measured = [i for i, name in enumerate(names) if not name.startswith("rotation.")]
 
@@ -93,20 +119,63 @@ class ReplicatedAdamW:
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         gradient = self.gradient.mul_(scale[:, None])
         self.counts += active
-        beta1, beta2 = self.betas
-        self.moment1.lerp_(gradient, self._expand(self._rate(beta1, active)))
-        self.moment2.lerp_(gradient.square_(), self._expand(self._rate(beta2, active)))
         rate = learning_rate[:, None] * active
-        step = torch.sqrt(self.moment2, out=self.gradient).add_(self.eps)
-        torch.div(self.moment1, step, out=step).mul_(self._expand(rate))
-        decay = self._expand(rate * weight_decay[:, None]).expand_as(step)
-        for part in self._decayed:
-            step[:, part].addcmul_(self.values[:, part], decay[:, part])
+        tables = [self._rate(beta, active) for beta in self.betas]
+        tables = [t.to(self.values) for t in (*tables, rate, rate * weight_decay[:, None])]
+        top = self._shared_top(active, tables)
+        if top is None:
+            self._turn_into_step(self._whole, *(self._spread(table) for table in tables))
+        else:
+            for views in self._active_views(top):
+                numbers = (t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in tables)
+                self._turn_into_step(views, *numbers)
+        step = gradient
         ratios = None
         if measure:
             ratios = self._block_norms(step) / self._block_norms(self.values)
         self.values.sub_(step)
         return norm, ratios
+
+    def _turn_into_step(
+        self, views: "_Views", rate1: Tensor, rate2: Tensor, rate: Tensor, decay: Tensor
+    ) -> None:
+        """Takes gradients in and leaves in their place what is to be subtracted."""
+        step = views.gradient
+        views.moment1.lerp_(step, rate1)
+        views.moment2.lerp_(step.square_(), rate2)
+        torch.sqrt(views.moment2, out=step).add_(self.eps)
+        torch.div(views.moment1, step, out=step).mul_(rate)
+        decay = decay.expand_as(step)
+        for part in views.decayed:
+            step[:, part].addcmul_(views.values[:, part], decay[:, part])
+
+    def _shared_top(self, active: Tensor, tables: list[Tensor]) -> int | None:
+        """The level up to which all replicas take part, where one number does for each table.
+
+        Then what is inactive need not be touched. Looked for on a CPU only: elsewhere it would
+        wait for the device.
+        """
+        if not self._sliced or active.device.type != "cpu" or bool(active.all()):
+            return None
+        n_active = int(active[0].sum())
+        alike = all(bool((t[:, :n_active] == t[:, :1]).all()) for t in tables)
+        return n_active - 1 if alike and n_active else None
+
+    def _active_views(self, top: int) -> "list[_Views]":
+        """Views of what is active of each parameter; a level's elements lie in equal stretches."""
+        if top not in self._views:
+            buffers = (self.values, self.moment1, self.moment2, self.gradient)
+            parts = zip(*(b.split(self._sizes, dim=1) for b in buffers), strict=True)
+            shapes = [p.shape for p in self._parameters]
+            self._views[top] = []
+            for part, shape, level, decayed in zip(
+                parts, shapes, self._levels, self._decays, strict=True
+            ):
+                values, first, second, gradient = (
+                    _active(buffer.view(shape), level <= top) for buffer in part
+                )
+                self._views[top].append(_Views(values, first, second, gradient, decayed))
+        return self._views[top]
 
     def _block_norms(self, flat: Tensor) -> Tensor:
         """Norm of each measured parameter tensor in a buffer, `[n_replicas, n_blocks]`."""
@@ -118,13 +187,12 @@ class ReplicatedAdamW:
         rate = (1 - beta) / (1 - beta ** self.counts.clamp(min=1))
         return rate * active
 
-    def _expand(self, table: Tensor) -> Tensor:
-        """Spreads `[replica, level]` over the parameters, `[replica, n_params]`.
+    def _spread(self, table: Tensor) -> Tensor:
+        """`[replica, level]` over the parameters, `[replica, n_params]`.
 
         Where all levels have the same value, one column stands for all (told apart on a CPU only:
         elsewhere it would wait for the device).
         """
-        table = table.to(self.values)
         if table.device.type == "cpu" and bool((table == table[:, :1]).all()):
             return table[:, :1]
         return table.index_select(1, self._level)
@@ -156,3 +224,21 @@ def _stretches(model: AdaptiveTransformer) -> list[slice]:
             stretches.append(slice(start, end))
         start = end
     return stretches
+
+
+def _active(whole: Tensor, active: Tensor) -> Tensor:
+    """A view of the active elements of `[replica, *axes]`, which is their product over the axes.
+
+    Along an axis they are the same share at the start of one or several equal stretches.
+    """
+    view, offset = whole, 1
+    for axis in range(active.dim()):
+        others = [other for other in range(active.dim()) if other != axis]
+        along = active.any(dim=others) if others else active
+        starts = int((along[1:] & ~along[:-1]).sum()) + int(along[0])
+        size = len(along) // starts
+        view = view.unflatten(axis + offset, (starts, size)).narrow(
+            axis + offset + 1, 0, int(along[:size].sum())
+        )
+        offset += 1
+    return view

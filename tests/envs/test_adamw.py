@@ -187,3 +187,32 @@ def test_a_reset_forgets_the_rows_named_and_no_other():
     for state in (optimizer.moment1, optimizer.moment2, optimizer.counts):
         assert (state[[0, 2]] == 0).all() and (state[1] != 0).any()
     assert torch.equal(optimizer.moment1[1], kept)
+
+
+@pytest.mark.parametrize("rotation", ["rope", "givens+fire", "conditional"])
+@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
+def test_a_narrow_sliced_model_steps_as_a_masked_one_does(rotation, feed_forward):
+    """Through widths from the start and in mid-training: views of what is active, or all of it."""
+    config = TransformerConfig(
+        d_model=16, n_heads=4, context=8, rotation=rotation, feed_forward=feed_forward
+    )
+    models = [
+        AdaptiveTransformer(config, 1, dtype=torch.float64, sliced=sliced)
+        for sliced in (True, False)
+    ]
+    optimizers = [ReplicatedAdamW(model) for model in models]
+    tokens = torch.randint(0, 256, (1, 2, 9), generator=torch.Generator().manual_seed(0))
+    one = torch.ones(1, dtype=torch.float64)
+    for model in models:
+        model.initialise([0], [1])
+    for width in (0.5, 0.5, 0.25, 1.0, 0.75):
+        norms = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.set_knobs({"embedding_width": width})
+            model.knobs.settle_gates([0])
+            cross_entropy(model(tokens[..., :-1]), tokens[..., 1:]).sum().backward()
+            norms.append(optimizer.step(1e-2 * one, one, model.knobs.gates > 0, measure=True))
+        torch.testing.assert_close(norms[0], norms[1], atol=1e-12, rtol=1e-9)
+        for name, left in optimizers[0].tensors().items():
+            right = optimizers[1].tensors()[name]
+            torch.testing.assert_close(left, right, atol=1e-10, rtol=1e-9)
