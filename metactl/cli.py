@@ -1,16 +1,20 @@
 """The command line: what each command does. Nothing heavy at import."""
 
+import contextlib
 import errno
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from metactl.commands import Apply, Check, Command, Demo, Evaluate, Sweep, Train
 from metactl.errors import WorkerDied
+
+if TYPE_CHECKING:
+    from metactl.config import EnvironmentConfig
 
 _ROTATION = "environment.options.rotation"
 
@@ -64,7 +68,9 @@ def _train(command: Train) -> int:
     flags = {
         "ppo.total_timesteps": command.total_timesteps,
         "environment.n_envs": command.n_envs,
-        "environment.n_workers": command.n_workers,
+        "environment.n_workers": _shards_wanted(command),
+        "environment.shards": command.shards,
+        "environment.gpus_per_shard": command.gpus_per_shard,
         "environment.options.data": None if command.data is None else str(command.data),
         _ROTATION: command.rotation,
         "seed": command.seed,
@@ -76,7 +82,11 @@ def _train(command: Train) -> int:
     config = read_config(TrainConfig, path, {**changes, "environment.options": options})
     run_dir = open_run_directory(command.run_dir, "train", dump(config), resume=command.resume)
     torch.set_num_threads(1)
-    with discard_if_refused(run_dir), bar("Training the controller") as progress:
+    with (
+        discard_if_refused(run_dir),
+        _place_for(config.environment, command.address),
+        bar("Training the controller") as progress,
+    ):
         train(config, run_dir, resume=command.resume, progress=progress)
     print(f"Policy: {run_dir / 'policy'}")
     _print_next(
@@ -85,6 +95,29 @@ def _train(command: Train) -> int:
         f"tensorboard --logdir {run_dir / 'tb'}",
     )
     return 0
+
+
+def _shards_wanted(command: Train) -> int | None:
+    if command.num_shards is None or command.n_workers is None:
+        return command.n_workers if command.num_shards is None else command.num_shards
+    raise ValueError("--num-shards and --n-workers are the same: give one of them")
+
+
+@contextlib.contextmanager
+def _place_for(environment: "EnvironmentConfig", address: str | None) -> Iterator[None]:
+    """A Ray cluster with room for all shards, where they are to live on one."""
+    if environment.shards != "ray":
+        if address is not None:
+            raise ValueError("--address is of a Ray cluster: it needs --shards ray")
+        yield
+        return
+    from metactl.cluster import check_resources, cluster
+    from metactl.train import n_shards
+
+    n = n_shards(environment)
+    with cluster(address) as available:
+        check_resources(f"a row of {n} shards", n, n * environment.gpus_per_shard, available)
+        yield
 
 
 def _apply(command: Apply) -> int:

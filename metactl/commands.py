@@ -25,6 +25,14 @@ class Train:
     """Training runs per worker process."""
     n_workers: int | None = None
     """Worker processes (-1: one per core, 0: none)."""
+    shards: Literal["processes", "ray"] | None = None
+    """Where workers live: processes of this machine, or actors of a Ray cluster."""
+    num_shards: int | None = None
+    """The same as --n-workers."""
+    gpus_per_shard: float | None = None
+    """GPUs, or a share of one, of each Ray actor."""
+    address: str | None = None
+    """Of the Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
     seed: int | None = None
     """Determines tasks, runs and learning."""
     resume: bool = False

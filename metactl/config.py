@@ -2,10 +2,11 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -30,6 +31,8 @@ class EnvironmentConfig:
         n_workers: Worker processes with one thread each; -1 is one per core (and variant), 0 none.
         variants: What workers change in the options, one set of changes each in turn, so that
             runs are unlike: other tasks, other models. Knobs must stay the same.
+        shards: Where workers live: `"processes"` of this machine, or `"ray"`: actors of a cluster.
+        gpus_per_shard: GPUs, or a share of one, of each Ray actor.
     """
 
     id: str = "envs:AdaptiveTransformer-v0"
@@ -37,12 +40,18 @@ class EnvironmentConfig:
     n_envs: int = 16
     n_workers: int = -1
     variants: tuple[dict[str, Any], ...] = ()
+    shards: Literal["processes", "ray"] = "processes"
+    gpus_per_shard: float = 0.0
 
     def __post_init__(self) -> None:
         if self.n_envs < 1:
             raise ValueError(f"n_envs must be at least 1 training run, got {self.n_envs}")
         if self.n_workers < -1:
             raise ValueError(f"n_workers must be -1, 0 or more, got {self.n_workers}")
+        if not 0 <= self.gpus_per_shard < math.inf:
+            raise ValueError(f"gpus_per_shard must be at least 0, got {self.gpus_per_shard}")
+        if self.shards == "ray" and self.n_workers == 0:
+            raise ValueError("shards 'ray' need n_workers of at least 1 (or -1), got 0")
         if 0 <= self.n_workers < len(self.variants):
             raise ValueError(
                 f"n_workers must be at least {len(self.variants)}, one for each variant, "

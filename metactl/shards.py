@@ -7,7 +7,6 @@ program, so on a CPU each core gets its own worker process with one thread.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from metactl.env import TrainingRunVectorEnv
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, Trial, TrialResult, play
-from metactl.worker import Worker
+from metactl.worker import Build, ProcessWorker, Worker
 
 
 def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
@@ -103,6 +102,7 @@ class ShardRow:
         options: Keyword arguments of the environment.
         n_workers: Worker processes, one shard each; 0 keeps one shard in this process.
         variants: What workers change in the options, one set of changes each in turn.
+        spawn: What makes a worker, of what builds its shard: a process of this machine by default.
 
     Raises:
         ValueError: If the runs of some workers have other knobs than those of the first.
@@ -115,6 +115,7 @@ class ShardRow:
         options: Mapping[str, Any],
         n_workers: int,
         variants: Sequence[Mapping[str, Any]] = (),
+        spawn: Callable[[Build, tuple[Any, ...]], Worker] = ProcessWorker,
     ) -> None:
         self.n_envs = n_envs
         self.n_shards = max(1, n_workers)
@@ -127,13 +128,14 @@ class ShardRow:
         try:
             changes = [variants[i % len(variants)] if variants else {} for i in range(n_workers)]
             self._workers = [
-                Worker(Shard, (env_id, n_envs, {**options, **each})) for each in changes
+                spawn(Shard, (env_id, n_envs, {**options, **each})) for each in changes
             ]
             for worker in self._workers:
                 worker.require_ready()
             self._require_the_same_knobs()
         except BaseException:
-            self._kill()
+            for worker in self._workers:
+                worker.kill()
             raise
 
     def _require_the_same_knobs(self) -> None:
@@ -192,30 +194,23 @@ class ShardRow:
             yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))
             return
         waiting = list(enumerate(chunks))[::-1]
-        busy: dict[Any, tuple[int, Worker]] = {}
+        busy: dict[Worker, int] = {}
         idle = list(self._workers)
         while waiting or busy:
             while waiting and idle:
                 index, chunk = waiting.pop()
                 worker = idle.pop()
                 worker.send("play", chunk, between)
-                busy[worker.connection] = (index, worker)
-            for ready in wait(list(busy)):
-                index, worker = busy.pop(ready)
-                yield index, worker.receive()
+                busy[worker] = index
+            for worker in self._workers[0].wait(list(busy)):
+                yield busy.pop(worker), worker.receive()
                 idle.append(worker)
 
     def close(self) -> None:
         if self._local is not None:
             self._local.close()
         for worker in self._workers:
-            worker.send("close")
-            worker.process.join(timeout=2)
-        self._kill()
-
-    def _kill(self) -> None:
-        for worker in self._workers:
-            worker.kill()
+            worker.close()
         self._workers = []
 
     def __enter__(self) -> "ShardRow":

@@ -32,7 +32,9 @@ def snapshot(
             tensors[f"optimizer/{index}/{name}"] = tensor
     for k, state in enumerate(shards.call_all("state_dict")):
         for name, value in state.items():
-            tensors[f"shard/{k}/{name}"] = torch.as_tensor(value)
+            tensors[f"shard/{k}/{name}"] = (
+                value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+            )
     generator: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = generator
     python_version, python_state, python_gauss = random.getstate()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
-from metactl.config import TrainConfig, dump
+from metactl.config import EnvironmentConfig, TrainConfig, dump
 from metactl.evaluation.healthy import healthy_set_points
 from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray
@@ -27,6 +28,7 @@ from metactl.shards import ShardRow, default_workers
 from metactl.signals import is_flag
 from metactl.snapshot import restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
+from metactl.worker import ProcessWorker, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,26 @@ class Normaliser(BaseFeaturesExtractor):
         return ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
 
 
+def n_shards(environment: EnvironmentConfig) -> int:
+    """How many workers an environment gets; 0 keeps its runs in this process."""
+    if environment.n_workers >= 0:
+        return environment.n_workers
+    return max(default_workers(), len(environment.variants))
+
+
 def build_shards(config: TrainConfig, *, unlike: bool = True) -> ShardRow:
     """The runs that a policy learns on; not `unlike`, all of them without variants."""
     environment = config.environment
-    workers = environment.n_workers if environment.n_workers >= 0 else default_workers()
-    if environment.n_workers < 0:
-        workers = max(workers, len(environment.variants))
+    workers = n_shards(environment)
     variants = environment.variants if unlike else ()
-    return ShardRow(environment.id, environment.n_envs, environment.options, workers, variants)
+    spawn: Callable[..., Worker] = ProcessWorker
+    if environment.shards == "ray":
+        from metactl.ray_worker import RayWorker
+
+        spawn = partial(RayWorker, gpus=environment.gpus_per_shard)
+    return ShardRow(
+        environment.id, environment.n_envs, environment.options, workers, variants, spawn
+    )
 
 
 def train(

@@ -1,10 +1,12 @@
-"""A shard in a process of its own, which outlives that process."""
+"""Shards that live elsewhere, and outlive the place where they live."""
 
+import abc
 import logging
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -30,7 +32,7 @@ class Served(Protocol):
 Build = Callable[..., Served]
 
 
-def _serve(connection: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
+def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
     """A worker process: builds its shard, then answers calls until it is closed."""
     import torch
 
@@ -39,31 +41,31 @@ def _serve(connection: Connection, build: Build, arguments: tuple[Any, ...]) -> 
     torch.set_flush_denormal(True)
     try:
         shard = build(*arguments)
-        connection.send(("ok", None))
+        parent.send(("ok", None))
         while True:
-            method, args = connection.recv()
-            connection.send(("ok", getattr(shard, method)(*args)))
+            method, args = parent.recv()
+            parent.send(("ok", getattr(shard, method)(*args)))
             if method == "close":
                 return
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
     except ImportError as error:
-        connection.send(("not found", str(error)))
+        parent.send(("not found", str(error)))
     except ValueError as error:
-        connection.send(("refused", str(error)))
+        parent.send(("refused", str(error)))
     except Exception:
-        connection.send(("failed", traceback.format_exc()))
+        parent.send(("failed", traceback.format_exc()))
 
 
-class Worker:
-    """The parent's end of a worker process.
+class Worker(abc.ABC):
+    """A shard that lives elsewhere, and outlives the place where it lives.
 
-    A process that dies is started again: its shard gets the state that it last told, and does
-    again what it did since. What a shard does follows from its state and the calls alone, so the
-    answers are those that the dead process would have given, bit for bit.
+    What dies is started again: its shard gets the state that it last told, and does again what it
+    did since. What a shard does follows from its state and the calls alone, so the answers are
+    those that the dead one would have given, bit for bit.
 
     Args:
-        build: Makes the shard, in the process.
+        build: Makes the shard, there.
         arguments: Its arguments.
     """
 
@@ -75,14 +77,30 @@ class Worker:
         self._call: tuple[str, tuple[Any, ...]] = ("", ())
         self._start()
 
+    @abc.abstractmethod
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, self._build, self._arguments), daemon=True
-        )
-        self.process.start()
-        theirs.close()
+        """Begins to build the shard; `_answer` says when it is built."""
+
+    @abc.abstractmethod
+    def _send(self, method: str, *args: Any) -> None:
+        """Calls a method; `_answer` gives the answer."""
+
+    @abc.abstractmethod
+    def _answer(self) -> Any:
+        """The answer to the last call; raises `WorkerDied` where there will be none."""
+
+    @abc.abstractmethod
+    def kill(self) -> None:
+        """Ends it, whatever it does."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends it as it should end."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def wait(workers: Sequence[Any]) -> list[Any]:
+        """Those of some workers that have an answer, as soon as one has."""
 
     def require_ready(self) -> None:
         """Waits until the shard is built; raises what went wrong."""
@@ -92,12 +110,6 @@ class Worker:
         """Calls a method of the shard; `receive` gives the answer."""
         self._call = (method, args)
         self._send(method, *args)
-
-    def _send(self, method: str, *args: Any) -> None:
-        try:
-            self.connection.send((method, args))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # what the worker said, or its end, is read by the receiver
 
     def receive(self) -> Any:
         """The answer to the last call.
@@ -123,7 +135,7 @@ class Worker:
         return answer
 
     def _revive(self) -> None:
-        self.connection.close()
+        self.kill()
         self._start()
         self._answer()
         if self._state is not None:
@@ -147,6 +159,25 @@ class Worker:
         elif method == "play":  # whole runs from their starts: nothing before counts
             self._state, self._since = None, []
 
+
+class ProcessWorker(Worker):
+    """A shard in a process of this machine, with one thread."""
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, self._build, self._arguments), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def _send(self, method: str, *args: Any) -> None:
+        try:
+            self.connection.send((method, args))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # what the worker said, or its end, is read by the receiver
+
     def _answer(self) -> Any:
         try:
             status, answer = self.connection.recv()
@@ -165,7 +196,16 @@ class Worker:
         return answer
 
     def kill(self) -> None:
-        """Ends the process, whatever it does."""
         if self.process.is_alive():
             self.process.terminate()
         self.connection.close()
+
+    def close(self) -> None:
+        self._send("close")
+        self.process.join(timeout=2)
+        self.kill()
+
+    @staticmethod
+    def wait(workers: "Sequence[ProcessWorker]") -> "list[ProcessWorker]":
+        ready = connection.wait([worker.connection for worker in workers])
+        return [worker for worker in workers if worker.connection in ready]

@@ -5,34 +5,18 @@ directory. So nothing depends on Tune's own records: a sweep that was stopped, h
 again, and every trial goes on from where it was.
 """
 
-import contextlib
-import logging
-import os
 import shutil
-import socket
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metactl.config import ConfigError
-from metactl.errors import WorkerDied
+from metactl.cluster import check_resources, cluster
 from metactl.files import write_atomically
 from metactl.progress import Progress
-from metactl.sweep.config import Resources, SweepConfig, Trial, trial_folder
+from metactl.sweep.config import SweepConfig, Trial, trial_folder
 from metactl.sweep.trial import read_result, run_trial
 
-_PATIENCE = 10.0  # seconds for a cluster to answer
 _STOPPED = "stopped.txt"  # in the folder of a trial that the scheduler gave up
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +60,8 @@ def run_sweep(
     failed: dict[str, str] = {}
     if left:
         with cluster(address) as available:
-            check_resources(config.resources, available)
+            needs = config.resources
+            check_resources("a trial", needs.cpu, needs.gpu, available)
             failed = _tuned(config, left, root, len(trials), progress)
     results = [read_result(trial_folder(root, trial.name)) for trial in trials]
     found = [result for result in results if result is not None]
@@ -86,63 +71,6 @@ def run_sweep(
         failed=failed,
         left=[t.name for t in trials if not (_is_over(root, t) or t.name in failed)],
     )
-
-
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[dict[str, float]]:
-    """A Ray cluster for the block: the one at an address, or one of this machine's cores.
-
-    Yields:
-        Resources of the whole cluster, by Ray's names.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _require_answer(address)
-    scratch = None if address else _short_folder()
-    local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": scratch} if scratch else {}
-    try:
-        ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"cluster at {address!r}" if address else "local cluster"
-        raise WorkerDied(f"No Ray {where}: {error}") from error
-    try:
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _require_answer(address: str) -> None:
-    """Refuses a HOST:PORT where nobody listens; Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return  # "auto" and the like, which Ray looks up
-    try:
-        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"No Ray cluster at {address!r}: {error}") from error
-
-
-def _short_folder() -> str:
-    """Ray keeps sockets there, whose paths may have 107 bytes."""
-    return tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-
-
-def check_resources(wanted: Resources, available: dict[str, float]) -> None:
-    """Refuses a trial for which the cluster will never have room."""
-    for name, amount in (("CPU", wanted.cpu), ("GPU", wanted.gpu)):
-        if amount > available.get(name, 0.0):
-            raise ConfigError(
-                f"resources.{name.lower()}: a trial needs {amount:g}, the whole cluster has "
-                f"{available.get(name, 0.0):g}"
-            )
 
 
 def _is_over(root: Path, trial: Trial) -> bool:

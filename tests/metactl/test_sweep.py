@@ -12,8 +12,9 @@ import time
 import pytest
 
 from metactl.cli import main
+from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
-from metactl.sweep.config import Resources, SweepConfig, plan, trial_folder
+from metactl.sweep.config import SweepConfig, plan, trial_folder
 from metactl.sweep.trial import check_trial, read_result, run_trial
 
 TINY = {
@@ -165,16 +166,12 @@ def test_a_policy_is_scored_where_the_space_says(tmp_path):
 
 
 def test_a_trial_for_which_there_is_never_room_is_refused():
-    from metactl.sweep.run import check_resources
-
-    check_resources(Resources(cpu=2), {"CPU": 2.0})
-    with pytest.raises(ConfigError, match=r"resources.gpu: a trial needs 0.5, .* cluster has 0"):
-        check_resources(Resources(gpu=0.5), {"CPU": 2.0})
+    check_resources("a trial", 2, 0, {"CPU": 2.0})
+    with pytest.raises(ConfigError, match=r"a trial needs 0.5 GPU, .* cluster has 0"):
+        check_resources("a trial", 1, 0.5, {"CPU": 2.0})
 
 
 def test_an_address_where_nobody_listens_is_refused():
-    from metactl.sweep.run import cluster
-
     with socket.socket() as free:  # bound, but not listening
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -1,0 +1,120 @@
+"""Shards as Ray actors: the trajectories of worker processes, also when an actor is lost."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metactl.cli import main
+from metactl.cluster import cluster
+from metactl.config import ConfigError, TrainConfig, parse
+from metactl.controllers import Static
+from metactl.ray_worker import RayWorker
+from metactl.rollout import Trial
+from metactl.shards import ShardRow
+from metactl.train import train
+from metactl.vec_env import ShardVecEnv
+
+ID = "envs:AdaptiveTransformer-v0"
+OPTIONS = {"horizon": 6, "context": 16, "n_control_steps": 3, "dtype": "float64"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with cluster(None):
+        import ray
+
+        yield ray
+
+
+def trajectory(row, before_step=None):
+    env = ShardVecEnv(row)
+    env.seed(7)
+    seen = [env.reset()]
+    for i, move in enumerate(np.random.default_rng(0).uniform(-1, 1, (7, 4, 4))):
+        if before_step is not None:
+            before_step(i)
+        observation, reward, *_ = env.step(move.astype(np.float32))
+        seen.append(np.column_stack((observation, reward)))
+    return np.concatenate([part.ravel() for part in seen])
+
+
+def test_actors_give_the_trajectories_of_processes_also_when_one_is_killed(ray, caplog):
+    with ShardRow(ID, 2, OPTIONS, 2) as processes:
+        expected = trajectory(processes)
+    with ShardRow(ID, 2, OPTIONS, 2, spawn=RayWorker) as row:
+        np.testing.assert_allclose(trajectory(row), expected, atol=1e-9)
+
+        def disturb(i):
+            if i == 2:
+                row.call_all("state_dict")
+            if i in (1, 5):
+                ray.kill(row._workers[i % 2].actor)
+
+        assert np.array_equal(trajectory(row, disturb), trajectory(row))
+    told = [r.message for r in caplog.records if "actor died" in r.message.lower()]
+    assert len(told) == 2 and "redoes" in told[0]
+
+
+def test_trials_come_back_in_their_order_from_actors(ray):
+    with ShardRow(ID, 2, OPTIONS, 0) as local:
+        loop = local._local.env.loop
+        trials = [
+            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            for i in range(5)
+        ]
+        expected = local.play(trials)
+    with ShardRow(ID, 2, OPTIONS, 2, spawn=RayWorker) as row:
+        results = row.play(trials)
+    assert [result.arm for result in results] == [str(i) for i in range(5)]
+    for left, right in zip(results, expected, strict=True):
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+
+
+def test_a_refused_option_says_the_same_from_an_actor(ray):
+    messages = []
+    for spawn in ({}, {"spawn": RayWorker}):
+        with pytest.raises(ValueError) as caught:
+            ShardRow(ID, 1, {**OPTIONS, "learning_rate": -1.0}, 1, **spawn)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "learning_rate" in messages[0]
+
+
+def test_a_policy_learned_on_actors_is_that_learned_on_processes(ray, tmp_path):
+    options = {"d_model": 8, "n_layers": 1, "context": 8, "horizon": 10, "n_control_steps": 5}
+    weights = []
+    for place in ("processes", "ray"):
+        environment = {"options": options, "n_envs": 2, "n_workers": 2, "shards": place}
+        ppo = {"total_timesteps": 40, "n_steps": 5, "batch_size": 20, "paired_runs": 2}
+        values = {"environment": environment, "ppo": ppo, "set_point_runs": 4}
+        policy = train(parse(TrainConfig, values, "test"), tmp_path / place)
+        weights.append({name: w.tolist() for name, w in policy.weights.items()})
+        assert policy.card.set_points is not None
+    assert weights[0] == weights[1]
+
+
+def test_without_a_cluster_shards_on_ray_say_what_to_do(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"call ray\.init first"):
+        ShardRow(ID, 1, OPTIONS, 1, spawn=RayWorker)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--address", "auto"], "--address is of a Ray cluster: it needs --shards ray"),
+        (["--shards", "ray", "--n-workers", "0"], "n_workers of at least 1"),
+        (["--num-shards", "2", "--n-workers", "2"], "give one of them"),
+        (["--gpus-per-shard", "-1"], "gpus_per_shard must be at least 0, got -1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_in_words(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--run-dir", str(tmp_path / "run"), *arguments])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() or json.dumps(list((tmp_path / "run").iterdir())) == "[]"
