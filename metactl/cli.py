@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except (ValueError, ImportError, WorkerDied) as error:
         code = _refuse(str(error))
+    except BrokenPipeError:  # somebody reads no further, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
@@ -241,10 +245,9 @@ def _sweep(command: Sweep) -> int:
         key = _ROTATION if config.kind == "train" else "rotation"
         config = replace(config, space={**config.space, key: Range(grid=(command.rotation,))})
     trials = plan(config)
-    from metactl.sweep.trial import check_trial
+    from metactl.sweep.trial import check_trials
 
-    for trial in trials:
-        check_trial(trial)
+    check_trials(trials, elsewhere=config.resources.gpu > 0)
     needs = f"{config.resources.cpu:g} CPU and {config.resources.gpu:g} GPU each"
     if command.dry_run:
         print(f"{len(trials)} trials, {needs}")

@@ -9,6 +9,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from metactl.shards import ShardRow
 
 
+def check_pairs(n_envs: int, paired_runs: int) -> None:
+    """Refuses pairs that would lie across shards."""
+    if n_envs % paired_runs:
+        raise ValueError(f"paired_runs must divide the {n_envs} runs of a shard, got {paired_runs}")
+
+
 class ShardVecEnv(VecEnv):
     """All runs of a row of shards as one SB3 vector environment.
 
@@ -30,10 +36,7 @@ class ShardVecEnv(VecEnv):
     """
 
     def __init__(self, shards: ShardRow, paired_runs: int = 1) -> None:
-        if shards.n_envs % paired_runs:
-            raise ValueError(
-                f"paired_runs must divide the {shards.n_envs} runs of a shard, got {paired_runs}"
-            )
+        check_pairs(shards.n_envs, paired_runs)
         self.shards, self.paired_runs = shards, paired_runs
         self.reward_unit = 1.0
         about = shards.describe()

@@ -170,8 +170,10 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
 
 
 def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
-    """A trial is one process, so its runs are in it."""
-    path, here = find_config(recipe), {"environment.n_workers": 0}
+    """A trial's runs are in its own process, but for variants, which need one each."""
+    path = find_config(recipe)
+    variants = read_config(TrainConfig, path, changes).environment.variants
+    here = {"environment.n_workers": len(variants)}
     config = read_config(TrainConfig, path, changes | here)
     options = {"environment.options": resolve_data(config.environment.options)}
     return read_config(TrainConfig, path, changes | here | options)

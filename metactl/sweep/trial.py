@@ -5,7 +5,7 @@ again; so whoever starts trials may fail at any moment, and start all of them ag
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.shards import ShardRow
 from metactl.sweep.config import SweepConfig, Trial, described, trial_folder
-from metactl.train import build_shards, train
-from metactl.vec_env import ShardVecEnv
+from metactl.train import train
+from metactl.vec_env import check_pairs
 
 RESULT = "result.json"
 _N_ENVS = 16
@@ -60,22 +60,40 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
     return result
 
 
-def check_trial(trial: Trial) -> None:
-    """Builds what a trial runs on, so that what it refuses is refused before anything starts.
+def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
+    """Builds one of each kind of run, so that what refuses it does so before anything starts.
+
+    Args:
+        trials: The trials.
+        elsewhere: They will run where there are GPUs, which this machine may not have.
 
     Raises:
-        ValueError: In the words of whatever refuses it.
+        ConfigError: With the trial, and the words of whatever refuses it.
     """
-    try:
-        if trial.recipe is not None:
-            with build_shards(trial.recipe) as shards:
-                ShardVecEnv(shards, trial.recipe.ppo.paired_runs)
-        else:
-            env_id, options = deployment(Policy.load(trial.policy), **trial.options)
-            ShardRow(env_id, 1, options, 0).close()
-    except ValueError as error:
-        where = f"trial {trial.name} ({described(trial.changes)})"
-        raise ConfigError(f"{where}: {error}") from error
+    built: set[str] = set()
+    for trial in trials:
+        try:
+            for env_id, options in _runs_of(trial):
+                if elsewhere and "device" in options:
+                    options["device"] = "cpu"
+                key = json.dumps([env_id, options], sort_keys=True, default=str)
+                if key not in built:
+                    ShardRow(env_id, 1, options, 0).close()
+                built.add(key)
+        except ValueError as error:
+            where = f"trial {trial.name} ({described(trial.changes)})"
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def _runs_of(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Environment and options of each kind of run that a trial has."""
+    if trial.recipe is None:
+        yield deployment(Policy.load(trial.policy), **trial.options)
+        return
+    environment = trial.recipe.environment
+    check_pairs(environment.n_envs, trial.recipe.ppo.paired_runs)
+    for variant in environment.variants or ({},):
+        yield environment.id, {**environment.options, **variant}
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
 from metactl.sweep.config import SweepConfig, plan, trial_folder
-from metactl.sweep.trial import check_trial, read_result, run_trial
+from metactl.sweep.trial import check_trials, read_result, run_trial
 
 TINY = {
     "environment.options.horizon": 40,
@@ -189,8 +189,7 @@ def test_an_address_where_nobody_listens_is_refused():
 )
 def test_what_a_trial_would_refuse_is_refused_before_anything_starts(tmp_path, space, parts):
     with pytest.raises(ConfigError, match="trial 000-") as error:
-        for trial in plan(sweep(tmp_path, space)):
-            check_trial(trial)
+        check_trials(plan(sweep(tmp_path, space)))
     for part in parts:
         assert part in str(error.value)
 
@@ -198,7 +197,7 @@ def test_what_a_trial_would_refuse_is_refused_before_anything_starts(tmp_path, s
 def test_a_policy_that_is_not_there_is_refused_before_anything_starts(tmp_path):
     config = sweep(tmp_path, {"d_model": {"grid": [8]}}, kind="apply", policy="defualt")
     with pytest.raises(ConfigError, match=r"trial 000-.*Did you mean 'default'"):
-        check_trial(*plan(config))
+        check_trials(plan(config))
 
 
 def test_a_trial_finds_its_files_from_anywhere(tmp_path, monkeypatch):
