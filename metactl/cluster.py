@@ -40,13 +40,16 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     scratch = None if address else _short_folder()
     local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": scratch} if scratch else {}
     try:
-        ray.init(
-            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"cluster at {address!r}" if address else "local cluster"
-        raise WorkerDied(f"No Ray {where}: {error}") from error
-    try:
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **local,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"cluster at {address!r}" if address else "local cluster"
+            raise WorkerDied(f"No Ray {where}: {error}") from error
         yield ray.cluster_resources()
     finally:
         ray.shutdown()

@@ -50,6 +50,8 @@ class EnvironmentConfig:
             raise ValueError(f"n_workers must be -1, 0 or more, got {self.n_workers}")
         if not 0 <= self.gpus_per_shard < math.inf:
             raise ValueError(f"gpus_per_shard must be at least 0, got {self.gpus_per_shard}")
+        if self.gpus_per_shard and self.shards != "ray":
+            raise ValueError("gpus_per_shard is for shards 'ray'; processes share what there is")
         if self.shards == "ray" and self.n_workers == 0:
             raise ValueError("shards 'ray' need n_workers of at least 1 (or -1), got 0")
         if 0 <= self.n_workers < len(self.variants):

@@ -7,7 +7,7 @@ from metactl.config import TrainConfig, parse
 from metactl.policy import Policy, PolicyError
 from metactl.rundir import resolve_data
 
-_TRAINING_ONLY = ("random_start", "freeze", "hide", "reward_scale")
+_TRAINING_ONLY = ("random_start", "freeze", "hide", "disturb", "reward_scale")
 _EVERYTHING = 1 << 40  # bytes; cut to what the data has
 
 

@@ -2,4 +2,4 @@
 
 
 class WorkerDied(RuntimeError):
-    """A worker process was killed or ran out of memory: a user can act on it."""
+    """What does the work is gone, or never came: a process, an actor, a cluster; a user can act."""

@@ -25,7 +25,7 @@ from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray, Knob, unknown_name
 
 FORMAT_VERSION = 1
-CLIP = 4.0  # of standardised observations: none lies far outside of what training saw
+CLIP = 4.0  # of new policies: no observation lies far outside of what training saw
 _STRICT = ConfigDict(extra="forbid")
 _MAX_BYTES = 64 << 20
 _CARD = "policy.json"
@@ -49,6 +49,7 @@ class PolicyCard:
         n_control_steps: Decisions per run in training.
         training: Configuration it was trained with.
         evaluation: Figures it reached, by name.
+        clip: Bound of the standardised observations, as in training.
         set_points: Where healthy runs are, on the tasks of its training.
         weights_sha256: Checksum of `weights.safetensors`.
     """
@@ -61,6 +62,7 @@ class PolicyCard:
     n_control_steps: int
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    clip: float = 10.0
     set_points: SetPoints | None = None
     weights_sha256: str = ""
 
@@ -105,6 +107,8 @@ class Policy:
         for name, value in weights.items():
             if not np.isfinite(value).all():
                 raise PolicyError(f"policy weight {name!r} has non-finite values")
+        if not card.clip > 0:
+            raise PolicyError(f"policy card: clip must be above 0, got {card.clip}")
         if not (weights["std"] > 0).all():
             raise PolicyError("policy weight 'std' must be above 0 everywhere")
         self._n_layers = len(sizes) - 1
@@ -112,7 +116,7 @@ class Policy:
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n_runs, n_knobs]` in [-1, 1]."""
         x = (observation - self.weights["mean"]) / self.weights["std"]
-        x = np.clip(x, -CLIP, CLIP)
+        x = np.clip(x, -self.card.clip, self.card.clip)
         for i in range(self._n_layers):
             # einsum, not a matrix product: one row's action must not depend on how many rows.
             x = np.einsum("ri,oi->ro", x, self.weights[f"weight_{i}"]) + self.weights[f"bias_{i}"]

@@ -1,11 +1,17 @@
 """A shard in a Ray actor, anywhere on a cluster."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from metactl.config import ConfigError
 from metactl.errors import WorkerDied
-from metactl.worker import Build, ShardError, Worker
+from metactl.worker import Build, ShardError, Worker, set_up_torch
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 600  # seconds for the cluster to have room for an actor, and to build its shard
+_REMIND = 60
 
 
 class RayWorker(Worker):
@@ -32,6 +38,7 @@ class RayWorker(Worker):
         options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_restarts": 0}
         kind: Any = self._ray.remote(_Actor)
         self.actor: Any = kind.options(**options, scheduling_strategy="SPREAD").remote()
+        self._placed = False
         self._answer_ref = self.actor.build.remote(self._build, self._arguments)
 
     def _send(self, method: str, *args: Any) -> None:
@@ -40,19 +47,36 @@ class RayWorker(Worker):
     def _answer(self) -> Any:
         exceptions = self._ray.exceptions
         try:
+            self._require_room()
             return self._ray.get(self._answer_ref)
-        except exceptions.RayActorError as error:
+        except exceptions.RayTaskError as error:
+            for kind in (ValueError, ImportError):
+                if isinstance(error.cause, kind):
+                    raise kind(str(error.cause)) from None
+            raise ShardError(f"A Ray actor failed:\n{error}") from None
+        except exceptions.RayError as error:  # the actor, its node, or the answer on its way
             reason = " ".join(str(error).split())
             raise WorkerDied(f"A Ray actor died: {reason}") from None
-        except exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError | ImportError):
-                raise type(error.cause)(str(error.cause)) from None
-            raise ShardError(f"A Ray actor failed:\n{error}") from None
+
+    def _require_room(self) -> None:
+        """Waits until a new actor has been given its place."""
+        if self._placed:
+            return
+        for waited in range(0, _PATIENCE, _REMIND):
+            if self._ray.wait([self._answer_ref], timeout=_REMIND)[0]:
+                self._placed = True
+                return
+            logger.warning("No room yet for a shard on the cluster, for %d s", waited + _REMIND)
+        raise WorkerDied(
+            f"The cluster had no room for a shard in {_PATIENCE} s: it takes {self._cpus:g} CPU "
+            f"and {self._gpus:g} GPU of one node"
+        )
 
     def kill(self) -> None:
         self._ray.kill(self.actor)
 
     def close(self) -> None:
+        self._ray.wait([self._answer_ref], timeout=2)
         self.kill()
 
     @staticmethod
@@ -66,10 +90,7 @@ class _Actor:
     """What lives in the cluster."""
 
     def build(self, build: Build, arguments: tuple[Any, ...]) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+        set_up_torch()
         self.shard = build(*arguments)
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:

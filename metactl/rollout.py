@@ -11,8 +11,9 @@ from metactl.env import ControlLoop, Episode, Step
 from metactl.knobs import FloatArray
 from metactl.run import DISTURBED
 
-Between = Callable[[int, ControlLoop, FloatArray], None]
-"""Called with the index of a control step, the loop, and the probe loss of every row."""
+Between = Callable[[int, ControlLoop, FloatArray], tuple[list[int], list[int]]]
+"""Called with the index of a control step, the loop, and the probe loss of every row; returns rows
+whose runs others took over, and those others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ def play(
     observation = loop.reset(list(range(n_rows)), episodes)
     untrained = loop.run.evaluate("test") if test else loop.start_loss.copy()
     best = BestCheckpoint(loop)
+    lost = np.zeros(n_rows, dtype=bool)
     steps: list[Step] = []
     positions, probes = [loop.positions.copy()], [loop.start_loss.copy()]
     observations = [observation]
@@ -111,16 +113,18 @@ def play(
         probe = step.measurement.probe_loss
         probes.append(step.measurement.train_loss if probe is None else probe)
         best.update(probes[-1])
+        lost |= step.measurement.diverged
         if between is not None:
-            between(index, loop, probes[-1])
+            sources, targets = between(index, loop, probes[-1])
+            best.copy(sources, targets)
+            lost[targets] = lost[sources]
             observation = loop.observe()
         if on_step is not None:
             on_step(index, step)
-    diverged = np.any([step.measurement.diverged for step in steps], axis=0)
     final_test, best_test = untrained, untrained
     if test:
-        final_test = np.where(diverged, untrained, loop.run.evaluate("test"))
-        best_test = np.where(diverged, untrained, best.evaluate("test"))
+        final_test = np.where(lost, untrained, loop.run.evaluate("test"))
+        best_test = np.where(lost, untrained, best.evaluate("test"))
     probe_curve = np.stack(probes, axis=1)
     flops = steps[-1].measurement.flops
     return [
@@ -128,10 +132,10 @@ def play(
             arm=trial.arm,
             final_test=float(final_test[row]),
             best_test=float(best_test[row]),
-            final_probe=float(probe_curve[row, 0 if diverged[row] else -1]),
-            best_probe=float(probe_curve[row, 0] if diverged[row] else best.loss[row]),
+            final_probe=float(probe_curve[row, 0 if lost[row] else -1]),
+            best_probe=float(probe_curve[row, 0] if lost[row] else best.loss[row]),
             flops=float("nan") if flops is None else float(flops[row]),
-            diverged=bool(diverged[row]),
+            diverged=bool(lost[row]),
             train_loss=np.array([step.measurement.train_loss[row] for step in steps]),
             probe_loss=probe_curve[row],
             positions=np.stack(positions)[:, row],
@@ -174,6 +178,13 @@ class BestCheckpoint:
             for name, value in self._run.state_dict(better).items():
                 self._state[name][better] = value
             self.loss[better] = loss[better]
+
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Gives runs the checkpoints of those that they took over."""
+        if targets:
+            for value in self._state.values():
+                value[targets] = value[sources]
+            self.loss[targets] = self.loss[sources]
 
     def evaluate(self, split: str) -> FloatArray:
         """Loss of the best checkpoints; the runs themselves stay as they are."""

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from metactl.config import ConfigError
+from metactl.errors import WorkerDied
 from metactl.files import write_atomically
 
 _PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
@@ -83,7 +84,7 @@ def discard_if_refused(run_dir: Path) -> Iterator[None]:
     """Takes a new run directory back when the run is refused before it kept anything."""
     try:
         yield
-    except (ValueError, ImportError):
+    except (ValueError, ImportError, WorkerDied):
         kept = {path.name for path in run_dir.iterdir()} - {"config.yaml", "tb"}
         if not kept:
             shutil.rmtree(run_dir)

@@ -127,24 +127,30 @@ class ShardRow:
             return
         try:
             changes = [variants[i % len(variants)] if variants else {} for i in range(n_workers)]
-            self._workers = [
-                spawn(Shard, (env_id, n_envs, {**options, **each})) for each in changes
-            ]
+            for each in changes:
+                self._workers.append(spawn(Shard, (env_id, n_envs, {**options, **each})))
             for worker in self._workers:
                 worker.require_ready()
-            self._require_the_same_knobs()
+            self._require_likeness()
         except BaseException:
             for worker in self._workers:
                 worker.kill()
             raise
 
-    def _require_the_same_knobs(self) -> None:
-        names = [[knob.name for knob in about["knobs"]] for about in self.call_all("describe")]
-        for other in names:
-            if other != names[0]:
+    def _require_likeness(self) -> None:
+        """One policy for all: the same knobs, and as many decisions."""
+        first, *others = self.call_all("describe")
+        for other in others:
+            ours, theirs = ([k.name for k in about["knobs"]] for about in (first, other))
+            if ours != theirs:
                 raise ValueError(
-                    f"All variants must have the same knobs, got {', '.join(names[0])} and "
-                    f"{', '.join(other)}"
+                    f"All variants must have the same knobs, got {', '.join(ours)} and "
+                    f"{', '.join(theirs)}"
+                )
+            if first["n_control_steps"] != other["n_control_steps"]:
+                raise ValueError(
+                    f"All variants must have the same n_control_steps, got "
+                    f"{first['n_control_steps']} and {other['n_control_steps']}"
                 )
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -209,6 +215,8 @@ class ShardRow:
     def close(self) -> None:
         if self._local is not None:
             self._local.close()
+        for worker in self._workers:
+            worker.send("close")
         for worker in self._workers:
             worker.close()
         self._workers = []

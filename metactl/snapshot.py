@@ -87,10 +87,11 @@ def restore(
         ({name: v if name.startswith("run/") else v.numpy() for name, v in state.items()},)
         for state in (under(f"shard/{k}/") for k in range(shards.n_shards))
     ]
-    if not all(state[0] for state in states):
+    n_saved = len({key.partition("/")[0] for key in under("shard/")})
+    if n_saved != shards.n_shards:
         raise RunDirectoryError(
-            f"The checkpoint has fewer than {shards.n_shards} shards; resume with the number of "
-            f"workers that it was trained with"
+            f"The checkpoint has {n_saved} shards, this training {shards.n_shards}; resume with "
+            f"the number of workers that it was trained with"
         )
     shards.call("load_state_dict", states)
     assert isinstance(model.env, ShardVecEnv)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import EnvironmentConfig, TrainConfig, dump
 from metactl.evaluation.healthy import healthy_set_points
-from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray
 from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
@@ -130,12 +130,13 @@ def train(
             if remaining > 0:
                 model.learn(remaining, callback=keeper, reset_num_timesteps=False)
         about = shards.describe()
-    set_points = None
+    policy = _to_policy(model, about, config, scales)
+    policy.save(run_dir / "policy")
     if config.set_point_runs:
         with build_shards(config, unlike=False) as alike:
-            set_points = healthy_set_points(alike, config.set_point_runs, config.seed)
-    policy = _to_policy(model, about, config, scales, set_points)
-    policy.save(run_dir / "policy")
+            points = healthy_set_points(alike, config.set_point_runs, config.seed)
+        policy = Policy(replace(policy.card, set_points=points), policy.weights)
+        policy.save(run_dir / "policy")
     return policy
 
 
@@ -144,7 +145,7 @@ def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     return PPO(
         "MlpPolicy",
         env,
-        learning_rate=lambda remaining: ppo.learning_rate * remaining,
+        learning_rate=lambda remaining: ppo.learning_rate * max(remaining, 0.0),
         n_steps=ppo.n_steps,
         batch_size=ppo.batch_size,
         n_epochs=ppo.n_epochs,
@@ -288,11 +289,7 @@ class _Keeper(BaseCallback):
 
 
 def _to_policy(
-    model: PPO,
-    about: dict[str, Any],
-    config: TrainConfig,
-    scales: list[float],
-    set_points: SetPoints | None,
+    model: PPO, about: dict[str, Any], config: TrainConfig, scales: list[float]
 ) -> Policy:
     """The deterministic part of the actor, as data."""
     normaliser = model.policy.features_extractor
@@ -310,6 +307,6 @@ def _to_policy(
         hidden=config.ppo.hidden,
         n_control_steps=about["n_control_steps"],
         training={"config": dump(config), "reward_scales": scales, "versions": versions()},
-        set_points=set_points,
+        clip=CLIP,
     )
     return Policy(card, {name: w.detach().double().numpy() for name, w in weights.items()})

@@ -32,13 +32,18 @@ class Served(Protocol):
 Build = Callable[..., Served]
 
 
-def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
-    """A worker process: builds its shard, then answers calls until it is closed."""
+def set_up_torch() -> None:
+    """One thread, and no slow arithmetic near 0: what a process of small models needs."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+
+
+def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
+    """A worker process: builds its shard, then answers calls until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    set_up_torch()
     try:
         shard = build(*arguments)
         parent.send(("ok", None))
@@ -95,7 +100,7 @@ class Worker(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Ends it as it should end."""
+        """Waits for the end that `send("close")` asked for, not for long."""
 
     @staticmethod
     @abc.abstractmethod
@@ -156,7 +161,7 @@ class Worker(abc.ABC):
             self._since.append((method, args))
         elif method in _SETTINGS:
             self._settings[method] = args
-        elif method == "play":  # whole runs from their starts: nothing before counts
+        elif method == "play":  # whole runs from their starts
             self._state, self._since = None, []
 
 
@@ -175,13 +180,13 @@ class ProcessWorker(Worker):
     def _send(self, method: str, *args: Any) -> None:
         try:
             self.connection.send((method, args))
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:
             pass  # what the worker said, or its end, is read by the receiver
 
     def _answer(self) -> Any:
         try:
             status, answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self.process.join(timeout=5)
             raise WorkerDied(
                 f"A worker process died (exit code {self.process.exitcode}); "
@@ -201,7 +206,6 @@ class ProcessWorker(Worker):
         self.connection.close()
 
     def close(self) -> None:
-        self._send("close")
         self.process.join(timeout=2)
         self.kill()
 

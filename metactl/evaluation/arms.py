@@ -1,7 +1,7 @@
 """The arms of a comparison: what moves the knobs, from where, on tasks that all arms share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import qmc
@@ -23,6 +23,7 @@ from metactl.rollout import Trial, TrialResult
 from metactl.shards import ShardRow
 from metactl.signals import UNIVERSAL
 
+SWAPPED_GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group != "progress"))
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
 _YOKED = 0x70C3  # turns a run's seed into another's
 
@@ -85,12 +86,7 @@ def play_arms(
 
 def _with_other_seed(episode: Episode) -> Episode:
     rng = np.random.default_rng([episode.run_seed, _YOKED])
-    return Episode(
-        task_seed=episode.task_seed,
-        run_seed=int(rng.integers(2**31)),
-        positions=episode.positions,
-        available=episode.available,
-    )
+    return replace(episode, run_seed=int(rng.integers(2**31)))
 
 
 # What needs no learning ------------------------------------------------------------------------
@@ -172,10 +168,10 @@ def swapped_arms(
     All signals but progress; with `each`, every group of them alone too. The knobs it sees are
     its own.
     """
-    groups: dict[str, list[str]] = {}
-    for signal in UNIVERSAL:
-        if signal.group != "progress":
-            groups.setdefault(signal.group, []).append(f"signal/{signal.name}")
+    groups = {
+        group: [f"signal/{signal.name}" for signal in UNIVERSAL if signal.group == group]
+        for group in SWAPPED_GROUPS
+    }
     swaps = {"all signals": [name for names in groups.values() for name in names]}
     if each:
         swaps |= {group.replace("_", " "): names for group, names in groups.items()}

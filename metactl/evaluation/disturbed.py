@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from metactl.evaluation.arms import Results
-from metactl.evaluation.summary import summarise
+from metactl.evaluation.summary import drive_of, finite_mean, summarise
 from metactl.homeostasis import SetPoints, settling_steps
+from metactl.knobs import FloatArray
 from metactl.rollout import TrialResult
 
 
@@ -31,14 +32,14 @@ def disturbed_summary(
         )
         if set_points is None:
             continue
-        drive = set_points.drive(np.stack([run.observations[1:] for run in runs]), names)
+        drive = drive_of(runs, set_points, names)
         befallen = [(d, _onset(run)) for d, run in zip(drive, runs, strict=True)]
         after = [(d, onset) for d, onset in befallen if onset is not None]
         if after:
             n_control_steps = drive.shape[1]
             settling = [settling_steps(d, onset) / n_control_steps for d, onset in after]
             figures["settling_time"] = float(np.mean(settling))
-            figures["peak_drive"] = float(np.mean([d[onset:].max() for d, onset in after]))
+            figures["peak_drive"] = finite_mean(np.array([d[onset:].max() for d, onset in after]))
     return summary
 
 
@@ -52,5 +53,10 @@ def _excess(run: TrialResult, twin: TrialResult) -> float:
     onset = _onset(run)
     if onset is None:
         return 0.0
-    excess = (run.probe_loss - twin.probe_loss)[onset + 1 :]
-    return float(np.nansum(excess) / len(run.train_loss))
+    ours, theirs = (_known(each)[onset + 1 :] for each in (run, twin))
+    return float((ours - theirs).sum() / len(run.train_loss))
+
+
+def _known(run: TrialResult) -> FloatArray:
+    """Probe losses; a run that diverged counts as never trained."""
+    return np.where(np.isfinite(run.probe_loss), run.probe_loss, run.probe_loss[0])

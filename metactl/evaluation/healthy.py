@@ -11,7 +11,7 @@ from metactl.shards import ShardRow
 _SHARE = 4  # the best of so many settings count as healthy
 
 
-def healthy_set_points(shards: ShardRow, n_runs: int, seed: int) -> SetPoints:
+def healthy_set_points(shards: ShardRow, n_runs: int, seed: int) -> SetPoints | None:
     """Set-points from runs under static settings, on tasks that the shards draw.
 
     As many settings (the default among them) as tasks are tried, and the runs of the best quarter
@@ -21,6 +21,9 @@ def healthy_set_points(shards: ShardRow, n_runs: int, seed: int) -> SetPoints:
         shards: Where runs are played.
         n_runs: About how many.
         seed: Of the tasks and runs.
+
+    Returns:
+        Set-points, or `None` where all of these runs diverged.
     """
     about = shards.describe()
     n = max(2, int(np.sqrt(n_runs)))
@@ -31,4 +34,6 @@ def healthy_set_points(shards: ShardRow, n_runs: int, seed: int) -> SetPoints:
     losses = [column(runs, "final_probe").mean() for runs in results]
     best = np.argsort(losses)[: max(1, n // _SHARE)]
     healthy = [run for i in best for run in results[i] if not run.diverged]
+    if not healthy:
+        return None
     return estimate(np.stack([run.observations[1:] for run in healthy]), about["observation_names"])

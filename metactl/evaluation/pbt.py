@@ -41,11 +41,19 @@ class Takeovers:
     spread: float = 0.15
     resample: float = 0.25
 
-    def __call__(self, index: int, loop: ControlLoop, probe_loss: FloatArray) -> None:
-        """After the control step of an index: the worst members take over from the best."""
+    def __call__(
+        self, index: int, loop: ControlLoop, probe_loss: FloatArray
+    ) -> tuple[list[int], list[int]]:
+        """After the control step of an index: the worst members take over from the best.
+
+        Returns:
+            The rows taken over, and the rows that took over.
+        """
         last = loop.config.n_control_steps - self.every
         if (index + 1) % self.every or index + 1 > last:
-            return
+            return [], []
+        sources: list[int] = []
+        targets: list[int] = []
         loss = np.where(np.isfinite(probe_loss), probe_loss, np.inf)
         n_replaced = max(1, round(self.share * self.n_members))
         for first in range(0, loop.run.n_runs - self.n_members + 1, self.n_members):
@@ -54,11 +62,23 @@ class Takeovers:
             worst = order[-n_replaced:]
             better = rng.choice(order[:n_replaced], n_replaced)
             loop.run.copy_rows(better.tolist(), worst.tolist())
+            sources += better.tolist()
+            targets += worst.tolist()
             positions = loop.positions[better]
             changed = positions + self.spread * rng.standard_normal(positions.shape)
             anew = rng.random(positions.shape)
             drawn = rng.random(positions.shape) < self.resample
             loop.positions[worst] = np.where(drawn, anew, changed).clip(0, 1)
+        return sources, targets
+
+
+def check_populations(n_envs: int, n_members: int) -> None:
+    """Refuses populations that do not fit side by side."""
+    if n_envs % n_members:
+        raise ValueError(
+            f"populations of {n_members} need a multiple of {n_members} runs per worker, "
+            f"got {n_envs}"
+        )
 
 
 def play_pbt(
@@ -86,11 +106,7 @@ def play_pbt(
     Raises:
         ValueError: If a shard's runs are no whole number of populations.
     """
-    if shards.n_envs % n_members:
-        raise ValueError(
-            f"populations of {n_members} need a multiple of {n_members} runs per worker, "
-            f"got {shards.n_envs}"
-        )
+    check_populations(shards.n_envs, n_members)
     trials = [
         Trial(arm=_ARM, episode=member, controller=Static())
         for episode in paired_episodes(n_tasks, seed, default)

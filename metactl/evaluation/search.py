@@ -12,7 +12,6 @@ from metactl.shards import ShardRow
 
 KNOTS = np.array([0.25, 0.5, 0.75, 1.0])  # of a schedule, in progress
 _SPREAD = 0.25  # of the first candidates, in ranges of a knob
-_SEPARABLE = 40  # dimensions from which on a diagonal covariance learns faster
 
 
 def search(
@@ -22,7 +21,7 @@ def search(
     positions: FloatArray,
     *,
     spread: float,
-    bounds: tuple[float, float] | None,
+    bounds: tuple[float, float],
     n_runs: int,
     n_tasks: int,
     seed: int,
@@ -38,7 +37,7 @@ def search(
         start: Mean of the first generation.
         positions: Where the knobs begin, `[n_knobs]` in [0, 1].
         spread: Deviation of the first generation.
-        bounds: Of every entry, if any.
+        bounds: Of every entry.
         n_runs: Budget; the last generation may exceed it.
         n_tasks: Tasks that a candidate is judged by.
         seed: Of candidates, tasks and runs.
@@ -47,11 +46,10 @@ def search(
     Returns:
         The mean of the last generation, which varies less than its best member.
     """
-    from cmaes import CMA, SepCMA
+    from cmaes import CMA
 
-    kind = SepCMA if len(start) >= _SEPARABLE else CMA
-    limits = None if bounds is None else np.tile(bounds, (len(start), 1))
-    optimizer = kind(mean=np.array(start), sigma=spread, bounds=limits, seed=seed)
+    limits = np.tile(bounds, (len(start), 1))
+    optimizer = CMA(mean=np.array(start), sigma=spread, bounds=limits, seed=seed)
     done, generation = 0, 0
     while done < n_runs:
         candidates = [optimizer.ask() for _ in range(optimizer.population_size)]
@@ -64,8 +62,7 @@ def search(
         optimizer.tell(list(zip(candidates, losses, strict=True)))
         done += n_tasks * len(candidates)
         generation += 1
-    mean = np.asarray(optimizer.mean)
-    return mean if bounds is None else mean.clip(*bounds)
+    return np.asarray(optimizer.mean).clip(*bounds)
 
 
 def best_schedule(

@@ -7,6 +7,7 @@ from typing import Any
 
 from metactl.config import ConfigError
 from metactl.evaluation.arms import (
+    SWAPPED_GROUPS,
     Arm,
     Results,
     chosen_arm,
@@ -22,7 +23,7 @@ from metactl.evaluation.arms import (
     yoked_arm,
 )
 from metactl.evaluation.disturbed import disturbed_summary
-from metactl.evaluation.pbt import play_pbt
+from metactl.evaluation.pbt import check_populations, play_pbt
 from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
 from metactl.knobs import KnobSet
@@ -30,6 +31,7 @@ from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import TrialResult
 from metactl.shards import ShardRow
+from metactl.worker import ShardError
 
 SUITES = ("quick", "full")
 
@@ -121,6 +123,7 @@ def evaluate(
         ConfigError: If the policy decides more or less often than the runs do.
     """
     n = plan.n_tasks
+    _require_feasible(plan, where)
     with closing(where.open()) as shards:
         about = shards.describe()
         if about["n_control_steps"] != policy.card.n_control_steps:
@@ -136,8 +139,9 @@ def evaluate(
         first = [policy_arm(policy, default), rule_arm(default), *grid, *chosen]
         if plan.controls:
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
-        n_swaps = (1 + 5 * plan.each_group) if plan.controls else 0
+        n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
         n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
+        n_arms += plan.schedule_runs > 0
         count = _Counter(n * n_arms + plan.schedule_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
@@ -175,7 +179,7 @@ def evaluate(
         "best_static_setting": best_setting,
     }
     if plan.disturbed:
-        best = knobs.positions(best_setting, 1)[0]
+        best = results["best static"][0].positions[0]
         arms = [
             policy_arm(policy, default),
             rule_arm(default),
@@ -186,6 +190,20 @@ def evaluate(
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
     return Evaluation(results=results, summary=summary)
+
+
+def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
+    """Refuses what would fail after everything else was played."""
+    if plan.population:
+        check_populations(where.n_envs, plan.population)
+    if plan.disturbed:
+        try:
+            where.open(disturb=1.0).close()
+        except (TypeError, ShardError) as error:
+            raise ConfigError(
+                f"Runs of {where.env_id} cannot be disturbed: they have no option 'disturb'; "
+                f"use the quick suite"
+            ) from error
 
 
 def _select_static(

@@ -70,10 +70,25 @@ def _figures(
         _PER_TASK: column(runs, "final_test").tolist(),
     }
     if set_points is not None:
-        drive = set_points.drive(np.stack([run.observations[1:] for run in runs]), names)
+        drive = drive_of(runs, set_points, names)
         figures["homeostasis_index"] = float(homeostasis_index(drive).mean())
-        figures["mean_drive"] = float(drive.mean())
+        figures["mean_drive"] = finite_mean(drive)
     return figures
+
+
+def drive_of(
+    runs: Sequence[TrialResult], set_points: SetPoints, names: Sequence[str]
+) -> FloatArray:
+    """Drive after each control step, `[n_runs, n_control_steps]`; infinite once a run diverged."""
+    drive = set_points.drive(np.stack([run.observations[1:] for run in runs]), names)
+    finite = np.stack([np.isfinite(run.probe_loss[1:]) for run in runs])
+    return np.where(np.logical_and.accumulate(finite, axis=1), drive, np.inf)
+
+
+def finite_mean(values: FloatArray) -> float | None:
+    """Mean of what is finite, if anything is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> dict[str, Any]:
@@ -121,4 +136,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         arm: {name: value for name, value in figures.items() if name != _PER_TASK}
         for arm, figures in summary["arms"].items()
     }
-    return {**summary, "arms": arms}
+    short = {**summary, "arms": arms}
+    if "disturbed" in summary:
+        short["disturbed"] = headline(summary["disturbed"])
+    return short

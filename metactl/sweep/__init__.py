@@ -1,1 +1,1 @@
-"""Sweeps over meta-training and over new runs, on Ray Tune; only this package imports Ray."""
+"""Sweeps over meta-training and over new runs, on Ray Tune."""

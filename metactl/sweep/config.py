@@ -66,7 +66,7 @@ class Resources:
     """What one trial takes of the cluster.
 
     Args:
-        cpu: Cores; a trial is one process.
+        cpu: Cores; a trial is one process, and one more for each variant of its recipe.
         gpu: GPUs, or a fraction of one; fractions do not limit memory.
     """
 
@@ -172,8 +172,9 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
 def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
     """A trial's runs are in its own process, but for variants, which need one each."""
     path = find_config(recipe)
-    variants = read_config(TrainConfig, path, changes).environment.variants
-    here = {"environment.n_workers": len(variants)}
+    here: dict[str, Any] = {"environment.shards": "processes"}  # Tune's trials hold the cluster
+    variants = read_config(TrainConfig, path, changes | here).environment.variants
+    here["environment.n_workers"] = len(variants)
     config = read_config(TrainConfig, path, changes | here)
     options = {"environment.options": resolve_data(config.environment.options)}
     return read_config(TrainConfig, path, changes | here | options)

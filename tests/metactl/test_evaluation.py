@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from toy_plant import TOY, ToyPlant
 
-from metactl.controllers import BaseController, Schedule, WithSignalsOf
+from metactl.controllers import BaseController, Schedule, Static, WithSignalsOf
 from metactl.env import ControlConfig, ControlLoop
 from metactl.evaluation import paired_episodes, play_arms, static_arm, summarise
 from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yoked_arm
@@ -14,6 +14,7 @@ from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import Takeovers, play_pbt
 from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
+from metactl.homeostasis import SetPoints
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
 from metactl.statistics import interquartile_mean, worst_decile
@@ -166,6 +167,34 @@ def test_a_population_beats_its_first_member_and_pays_for_all(shards):
         assert run.flops == 4 * single.flops
 
 
+def test_who_takes_over_from_another_has_its_best_checkpoint_and_has_not_diverged():
+    loop = ControlLoop(ToyPlant(2, diverge_above=0.9), ControlConfig(n_control_steps=N))
+    episode = replace(loop.draw_episode(0, 0), positions=np.array([0.85, 0.5]))
+
+    class Up(BaseController):
+        def act(self, observation):
+            return self.hold() + np.array([1.0, 0.0])
+
+    def rescue(index, loop, probe_loss):
+        if index != 3:
+            return [], []
+        loop.run.copy_rows([0], [1])
+        loop.positions[1] = loop.positions[0]
+        return [0], [1]
+
+    trials = [
+        Trial(arm="calm", episode=episode, controller=Static()),
+        Trial(arm="hot", episode=episode, controller=Up()),
+    ]
+    calm, hot = play(loop, trials)
+    assert hot.diverged and hot.final_test > calm.final_test
+    trials[1] = replace(trials[1], controller=Static())
+    trials[1] = replace(trials[1], episode=replace(episode, positions=np.array([0.95, 0.5])))
+    calm, rescued = play(loop, trials, between=rescue)
+    assert not rescued.diverged
+    assert (rescued.final_test, rescued.best_test) == (calm.final_test, calm.best_test)
+
+
 def test_populations_that_do_not_fit_are_refused(shards):
     with pytest.raises(ValueError, match=r"populations of 3 need a multiple of 3.*got 8"):
         play_pbt(shards, 3, 2, 0, DEFAULT)
@@ -227,6 +256,23 @@ def test_excess_area_is_between_a_disturbed_run_and_its_twin_since_the_onset(sha
     assert report["arms"]["policy"]["excess_loss_area"] == pytest.approx(0.8 / N / 2)
 
 
+def test_a_run_that_diverges_loses_its_balance_and_the_whole_of_its_progress(shards):
+    calm = result(shards)
+    curve = calm.probe_loss.copy()
+    curve[6:] = np.nan
+    gone = replace(calm, disturbed=np.arange(N) >= 5, probe_loss=curve, diverged=True)
+    points = SetPoints(
+        progress=(0.5,), medians={"loss_noise": (0.0,)}, half_widths={"loss_noise": (1e3,)}
+    )
+    names = shards.describe()["observation_names"]
+    report = disturbed_summary({"policy": [gone]}, {"policy": [calm]}, points, names)
+    figures = report["arms"]["policy"]
+    expected = (calm.probe_loss[0] - calm.probe_loss[6:]).sum() / N
+    assert figures["excess_loss_area"] == pytest.approx(expected)
+    assert figures["homeostasis_index"] == 5 / 8 and figures["settling_time"] == 3 / 8
+    assert figures["peak_drive"] is None and figures["mean_drive"] == 0
+
+
 def test_paired_episodes_are_the_same_for_all_and_differ_from_task_to_task():
     first, again = (paired_episodes(5, 3, DEFAULT) for _ in range(2))
     assert [e.run_seed for e in first] == [e.run_seed for e in again]
@@ -247,6 +293,7 @@ def test_what_happens_between_control_steps_is_observed_by_the_next():
 
     def push(index, loop, probe_loss):
         loop.positions[:, 0] = index / 10
+        return [], []
 
     play(loop, [Trial(arm="a", episode=loop.draw_episode(0, 0), controller=Watch())], between=push)
     assert seen[1:] == pytest.approx([i / 10 for i in range(N - 1)], abs=1e-6)
