@@ -16,6 +16,7 @@ from metactl.errors import WorkerDied
 
 if TYPE_CHECKING:
     from metactl.config import EnvironmentConfig
+    from metactl.evaluation import Where
 
 _ROTATION = "environment.options.rotation"
 
@@ -180,7 +181,7 @@ def _apply(command: Apply) -> int:
 
 
 def _evaluate(command: Evaluate) -> int:
-    from metactl.config import ConfigError, parse_setting
+    from metactl.config import ConfigError, parse_assignment, parse_setting
     from metactl.deployment import deployment
     from metactl.evaluation import EvaluationPlan, Where, evaluate, headline
     from metactl.policy import Policy, find_policy
@@ -212,11 +213,13 @@ def _evaluate(command: Evaluate) -> int:
         disturbed=full,
         schedule_runs=command.schedule_runs,
     )
-    env_id, options = deployment(
-        policy, data=command.data, horizon=command.optimizer_steps, rotation=command.rotation
-    )
+    flags = {"horizon": command.optimizer_steps, "rotation": command.rotation}
+    changes = flags | dict(parse_assignment(text) for text in command.set)
+    env_id, options = deployment(policy, data=command.data, **changes)
     workers = default_workers() if command.n_workers < 0 else command.n_workers
     where = Where(env_id=env_id, options=options, n_envs=command.n_envs, n_workers=workers)
+    if command.headroom:
+        return _headroom(command, where)
     with bar("Paired held-out runs") as progress:
         evaluation = evaluate(policy, where, plan, progress)
     say = console().print
@@ -230,6 +233,31 @@ def _evaluate(command: Evaluate) -> int:
         policy.with_evaluation(headline(evaluation.summary)).save(command.policy)
     if command.figure is not None:
         draw_runs(command.figure, _drawn(evaluation.results), "Held-out runs")
+    return 0
+
+
+def _headroom(command: Evaluate, where: "Where") -> int:
+    from metactl.evaluation import headroom
+    from metactl.progress import bar, console
+    from metactl.report import headroom_table, knob_headroom_table
+    from metactl.rundir import write_json
+
+    found = {}
+    for family in command.families:
+        place = replace(where, options={**where.options, "task": family})
+        with bar(f"Room in {family}") as progress:
+            found[family] = headroom(
+                place,
+                n_tasks=command.n_tasks,
+                grid_points=command.grid,
+                schedule_runs=command.schedule_runs,
+                seed=command.seed,
+                progress=progress,
+            )
+        if command.json is not None:
+            write_json(command.json, {"families": found})
+    console().print(headroom_table(found))
+    console().print(knob_headroom_table(found))
     return 0
 
 

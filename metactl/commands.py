@@ -85,7 +85,7 @@ class Apply:
 class Evaluate:
     """Compare a policy on paired held-out runs: static settings, a rule, and itself made blind."""
 
-    policy: Path
+    policy: Path = Path("default")
     """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
     json: Path | None = None
     """Write the report here as JSON."""
@@ -97,6 +97,10 @@ class Evaluate:
     """File or folder of text (default: what the policy was trained on, its held-out part)."""
     suite: Literal["quick", "full"] = "quick"
     """full: also population-based training, single signals swapped, and disturbed runs."""
+    headroom: bool = False
+    """Instead of the policy: how far static settings and schedules are apart, by task family."""
+    families: tuple[str, ...] = ("text", "recall", "digits", "waves")
+    """Task families of --headroom."""
     n_tasks: int = 32
     """Paired held-out tasks."""
     grid: int = 16
@@ -109,6 +113,8 @@ class Evaluate:
     """Optimizer steps per run (default: as in the policy's training)."""
     rotation: str | None = None
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
+    set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Any option of the environment, e.g. --set task=waves --set d_model=64 --set n_layers=4."""
     n_envs: int = 16
     """Training runs per worker process."""
     n_workers: int = -1

@@ -56,15 +56,54 @@ def disturbed_table(summary: dict[str, Any], title: str) -> Table:
     return table
 
 
+def headroom_table(found: dict[str, dict[str, Any]]) -> Table:
+    """By family, what the best static setting, the best for each task and a schedule gain."""
+    columns = {
+        "best static minus default": "best static - default",
+        "per-task best minus best static": "per task - best static",
+        "best schedule minus best static": "schedule - best static",
+    }
+    table = Table(title="Room for gain, nats per token", title_justify="left", box=box.SIMPLE)
+    table.add_column("family")
+    for header in ("default", *columns.values(), "run to run"):
+        table.add_column(header, justify="right")
+    for family, figures in found.items():
+        table.add_row(
+            family,
+            f"{figures['default']:.3f}",
+            *(_interval(figures[key]) if key in figures else "" for key in columns),
+            f"{figures['run_to_run']:.3f}",
+        )
+    return table
+
+
+def knob_headroom_table(found: dict[str, dict[str, Any]]) -> Table:
+    """By family and knob, what moving that knob alone gains."""
+    table = Table(title="One knob alone", title_justify="left", box=box.SIMPLE)
+    for header in ("family", "knob", "best value", "it - default", "per task - it"):
+        table.add_column(header, justify="left" if header in ("family", "knob") else "right")
+    for family, figures in found.items():
+        for knob, room in figures["knobs"].items():
+            table.add_row(
+                family,
+                knob,
+                f"{room['best_value']:g}",
+                _interval(room["best value minus default"]),
+                _interval(room["per-task best minus best value"]),
+            )
+    return table
+
+
 def _difference(summary: dict[str, Any], arm: str) -> str:
     difference = summary["policy_minus"].get(arm)
-    if difference is None:
-        return ""
-    d = difference["final_test"]
+    return "" if difference is None else _interval(difference["final_test"])
+
+
+def _interval(difference: dict[str, float | None]) -> str:
     spread = " (one pair)"
-    if d["low"] is not None:
-        spread = f" [{d['low']:+.3f}, {d['high']:+.3f}]"
-    return f"{d['estimate']:+.3f}{spread}"
+    if difference["low"] is not None:
+        spread = f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    return f"{difference['estimate']:+.3f}{spread}"
 
 
 def _share(value: float | None) -> str:
@@ -126,7 +165,9 @@ def draw_runs(
                 values = np.asarray(result.values[knob])
                 axes[row, column].step(share[1:], values, where="pre", **style)
         losses = np.concatenate([arms[name][task].probe_loss[5:] for name in names])
-        axes[0, column].set_ylim(losses.min() - 0.05, np.quantile(losses, 0.97) + 0.1)
+        losses = losses[np.isfinite(losses)]  # a run that diverged has others
+        if losses.size:
+            axes[0, column].set_ylim(losses.min() - 0.05, np.quantile(losses, 0.97) + 0.1)
         axes[0, column].set_title(f"task {task}", fontsize=10)
         axes[0, column].legend(fontsize=7, frameon=False)
         axes[-1, column].set_xlabel("share of the run")

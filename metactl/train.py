@@ -235,12 +235,7 @@ class _Keeper(BaseCallback):
         self.scales, self.progress, self.report = scales, progress, report
         self._updates = 0
         self._ended: list[dict[str, Any]] = []
-        self._finished: list[float] = []
         self._mean_return: float | None = None
-        self._returns = np.zeros(0)
-
-    def _on_training_start(self) -> None:
-        self._returns = np.zeros(self.training_env.num_envs)
 
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, PPO)
@@ -254,14 +249,9 @@ class _Keeper(BaseCallback):
             self.board.flush()
         self._updates += 1
         self._ended = []
-        self._finished = []
 
     def _on_step(self) -> bool:
-        self._returns += [info["own_reward"] for info in self.locals["infos"]]
-        for row in np.flatnonzero(self.locals["dones"]):
-            self._ended.append(self.locals["infos"][row])
-            self._finished.append(self._returns[row])
-            self._returns[row] = 0
+        self._ended += [self.locals["infos"][i] for i in np.flatnonzero(self.locals["dones"])]
         if self.progress is not None:
             total = self.config.ppo.total_timesteps
             self.progress(min(self.num_timesteps, total), total, self._status())
@@ -274,9 +264,9 @@ class _Keeper(BaseCallback):
         if not self._ended:
             return
         record = self.logger.record
-        self._mean_return = float(np.mean(self._finished))
+        self._mean_return = float(np.mean([info["own_return"] for info in self._ended]))
         record("rollout/ep_rew_mean", self._mean_return)
-        record("rollout/ep_count", len(self._finished))
+        record("rollout/ep_count", len(self._ended))
         record("rollout/diverged", float(np.mean([info["diverged"] for info in self._ended])))
         for name in ("probe_loss", "train_loss", "relative_cost"):
             values = [info[name] for info in self._ended if name in info]

@@ -43,6 +43,7 @@ class ShardVecEnv(VecEnv):
         self._actions = np.zeros(0)
         self._seed = 0
         self._age = np.zeros((2, 0), dtype=np.int64)
+        self._returns = np.zeros(0)
         super().__init__(
             shards.n_shards * shards.n_envs, about["observation_space"], about["action_space"]
         )
@@ -54,6 +55,7 @@ class ShardVecEnv(VecEnv):
     def reset(self) -> np.ndarray:
         seeds = [self._seed + i // self.paired_runs for i in range(self.num_envs)]
         self._age = np.zeros((2, self.num_envs), dtype=np.int64)  # episode, control step
+        self._returns = np.zeros(self.num_envs)
         n = self.shards.n_envs
         chunks = [(seeds[k * n : (k + 1) * n],) for k in range(self.shards.n_shards)]
         return np.concatenate(self.shards.call("reset", chunks))
@@ -67,12 +69,14 @@ class ShardVecEnv(VecEnv):
         observations, rewards, terminated, _, infos = zip(*answers, strict=True)
         per_run = [info for shard in infos for info in self._per_run(shard)]
         reward, done = np.concatenate(rewards), np.concatenate(terminated)
-        for info, own in zip(per_run, reward, strict=True):
-            info["own_reward"] = float(own)
+        self._returns += reward
+        for info, own, so_far in zip(per_run, reward, self._returns, strict=True):
+            info |= {"own_reward": float(own), "own_return": float(so_far)}
         relative = self._relative(reward) / self.reward_unit
         self._age[1] += 1
         self._age[0, done] += 1
         self._age[1, done] = 0
+        self._returns[done] = 0
         return np.concatenate(observations), relative.astype(np.float32), done, per_run
 
     def _relative(self, reward: np.ndarray) -> np.ndarray:
@@ -87,10 +91,10 @@ class ShardVecEnv(VecEnv):
         return (groups - baseline).reshape(-1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"age": self._age.copy()}
+        return {"age": self._age.copy(), "returns": self._returns.copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._age = np.array(state["age"])
+        self._age, self._returns = np.array(state["age"]), np.array(state["returns"])
 
     def _per_run(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
         """SB3 wants one dictionary per run, and the last observation of those that ended."""

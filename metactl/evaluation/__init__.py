@@ -8,7 +8,9 @@ from metactl.evaluation.arms import (
     policy_arm,
     static_arm,
 )
-from metactl.evaluation.suite import SUITES, Evaluation, EvaluationPlan, Where, evaluate
+from metactl.evaluation.headroom import headroom
+from metactl.evaluation.place import Where
+from metactl.evaluation.suite import SUITES, Evaluation, EvaluationPlan, evaluate
 from metactl.evaluation.summary import headline, summarise
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Where",
     "evaluate",
     "headline",
+    "headroom",
     "paired_episodes",
     "play_arms",
     "policy_arm",

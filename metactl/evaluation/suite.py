@@ -24,13 +24,13 @@ from metactl.evaluation.arms import (
 )
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import check_populations, play_pbt
+from metactl.evaluation.place import Counter, Where
 from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import TrialResult
-from metactl.shards import ShardRow
 from metactl.worker import ShardError
 
 SUITES = ("quick", "full")
@@ -65,20 +65,6 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Where:
-    """The environment in which runs are played, on tasks that training never drew."""
-
-    env_id: str
-    options: dict[str, Any]
-    n_envs: int
-    n_workers: int
-
-    def open(self, **changes: Any) -> ShardRow:
-        options = {**self.options, **changes}
-        return ShardRow(self.env_id, self.n_envs, options, self.n_workers)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What an evaluation measured.
 
@@ -89,18 +75,6 @@ class Evaluation:
 
     results: Results
     summary: dict[str, Any]
-
-
-class _Counter:
-    """Counts finished runs for a progress bar."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.progress = total, 0, progress
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(min(self.done, self.total), self.total, "")
 
 
 def evaluate(
@@ -142,7 +116,7 @@ def evaluate(
         n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
         n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
         n_arms += plan.schedule_runs > 0
-        count = _Counter(n * n_arms + plan.schedule_runs, progress)
+        count = Counter(n * n_arms + plan.schedule_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
@@ -199,7 +173,7 @@ def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
     if plan.disturbed:
         try:
             where.open(disturb=1.0).close()
-        except (TypeError, ShardError) as error:
+        except (ConfigError, ShardError) as error:
             raise ConfigError(
                 f"Runs of {where.env_id} cannot be disturbed: they have no option 'disturb'; "
                 f"use the quick suite"

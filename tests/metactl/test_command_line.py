@@ -177,6 +177,23 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert "something befalling each" in capsys.readouterr().out
 
 
+def test_evaluate_says_what_room_there_is_in_each_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "room.json"
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0)
+    options = ("--optimizer-steps", 40, "--set", "knobs=[dropout]", "--json", report)
+    families = ("--families", "recall", "waves")
+    assert metactl("evaluate", "--headroom", *families, *small, *options) == 0
+    found = json.loads(report.read_text())["families"]
+    assert set(found) == {"recall", "waves"}
+    for family in found.values():
+        assert set(family["knobs"]) == {"dropout"} and family["horizon"] == 40
+        assert family["knobs"]["dropout"]["best value minus default"]["high"] is not None
+    printed = capsys.readouterr().out
+    assert "Room for gain" in printed and "One knob alone" in printed and "waves" in printed
+
+
 def test_refusals_are_one_line_that_names_the_thing(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +235,9 @@ def test_refusals_are_one_line_that_names_the_thing(
     evaluate = ("evaluate", "--policy", policy, "--n-tasks", 2, "--n-workers", 0)
     assert "--static takes KNOB=NUMBER" in refused(capsys, *evaluate, "--static", "dropout")
     assert "Did you mean 'dropout'?" in refused(capsys, *evaluate, "--static", "dropuot=0")
+    assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--set", "task=txet")
+    assert "d_modle" in refused(capsys, *evaluate, "--set", "d_modle=64")
+    assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--headroom", "--families", "txet")
     assert not new.exists()
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years of work"
 

@@ -6,15 +6,25 @@ import numpy as np
 import pytest
 from toy_plant import TOY, ToyPlant
 
+from metactl.config import ConfigError
 from metactl.controllers import BaseController, Schedule, Static, WithSignalsOf
 from metactl.env import ControlConfig, ControlLoop
-from metactl.evaluation import paired_episodes, play_arms, static_arm, summarise
+from metactl.evaluation import (
+    Where,
+    headroom,
+    paired_episodes,
+    play_arms,
+    static_arm,
+    summarise,
+)
 from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yoked_arm
 from metactl.evaluation.disturbed import disturbed_summary
+from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.pbt import Takeovers, play_pbt
 from metactl.evaluation.search import best_schedule
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
 from metactl.homeostasis import SetPoints
+from metactl.report import draw_runs
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
 from metactl.statistics import interquartile_mean, worst_decile
@@ -125,6 +135,36 @@ def test_a_grid_begins_with_the_default_and_fills_the_space():
     assert np.array_equal(points[0], loop.knobs.default_positions(1)[0])
     corners = {tuple((point > 0.5).tolist()) for point in points[1:]}
     assert len(points) == 17 and len(corners) == 4
+
+
+# Room for gain -----------------------------------------------------------------------------------
+
+
+def test_where_the_best_rate_drifts_the_room_is_in_schedules_alone():
+    options = {"n_control_steps": N, "split": "meta_test"}
+    where = Where(env_id=TOY, options=options, n_envs=8, n_workers=0)
+    found = headroom(where, n_tasks=6, grid_points=5, schedule_runs=200)
+    assert found["knobs"]["rate"]["best_value"] == 0.5
+    assert found["knobs"]["rate"]["best value minus default"]["estimate"] == 0
+    assert found["best schedule minus best static"]["high"] < 0
+    width = found["knobs"]["width"]  # moves nothing
+    assert width["best value minus default"]["estimate"] == 0
+    assert width["per-task best minus best value"]["estimate"] == 0
+    assert found["settings"] == 5 + 2 * 5
+
+
+def test_the_best_for_each_task_is_chosen_on_one_run_and_scored_on_another(shards):
+    def runs(*losses):
+        return [result(shards, final_probe=p, final_test=t) for p, t in losses]
+
+    chosen_on = {"a": runs((1, 0), (4, 0)), "b": runs((2, 0), (3, 0))}
+    scored_on = {"a": runs((9, 10), (0, 20)), "b": runs((0, 30), (9, 40))}
+    assert per_task_best(chosen_on, scored_on, ["a", "b"]).tolist() == [10, 40]
+
+
+def test_an_environment_without_the_option_is_named():
+    with pytest.raises(ConfigError, match=r"Toy.*task"):
+        Where(env_id=TOY, options={"task": "text"}, n_envs=2, n_workers=0).open()
 
 
 # Population-based training -----------------------------------------------------------------------
@@ -322,3 +362,13 @@ def test_a_search_spends_its_budget_and_is_repeatable(shards):
     controllers = [arm.controllers[0] for arm in found]
     assert np.array_equal(controllers[0].positions, controllers[1].positions)
     assert 2 * 60 <= sum(spent) <= 2 * 100
+
+
+# The picture -------------------------------------------------------------------------------------
+
+
+def test_runs_that_diverged_are_drawn_as_far_as_they_went(shards, tmp_path):
+    lost = result(shards, probe_loss=np.full(N + 1, np.nan), final_test=np.nan)
+    draw_runs(tmp_path / "a.png", {"default": [lost], "policy": [result(shards)]}, "One lost")
+    draw_runs(tmp_path / "b.png", {"default": [lost], "policy": [lost]}, "Both lost")
+    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 5_000

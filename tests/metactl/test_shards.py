@@ -221,6 +221,24 @@ def test_a_run_whose_pair_has_moved_on_is_rewarded_by_its_own_improvement():
     assert reward.tolist() == pytest.approx([info["own_reward"] for info in infos])
 
 
+def test_a_run_says_what_its_episode_returned_also_after_a_checkpoint():
+    still = np.zeros((2, 2), dtype=np.float32)
+    with ShardRow(TOY, 2, {"n_control_steps": 8}, n_workers=0) as row:
+        env = ShardVecEnv(row)
+        env.reset()
+        rewards, returns = [], []
+        for step in range(16):
+            if step == 5:
+                saved = env.state_dict()
+                env = ShardVecEnv(row)
+                env.load_state_dict(saved)
+            _, reward, done, infos = env.step(still)
+            rewards.append(reward)
+            if done.all():
+                returns.append([info["own_return"] for info in infos])
+    np.testing.assert_allclose(returns, np.reshape(rewards, (2, 8, 2)).sum(axis=1), atol=1e-6)
+
+
 def test_paired_runs_must_divide_a_shard():
     with (
         ShardRow(TOY, 4, {}, n_workers=0) as row,
