@@ -190,7 +190,8 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.rundir import write_json
     from metactl.shards import default_workers
 
-    least = {"n_tasks": 2, "grid": 1, "n_envs": 1, "n_workers": -1, "schedule_runs": 0}
+    least = {"n_tasks": 2, "grid": 1, "n_envs": 1, "n_workers": -1}
+    least |= {"schedule_runs": 0, "linear_runs": 0}
     for flag, low in least.items():
         if getattr(command, flag) < low:
             name = flag.replace("_", "-")
@@ -212,6 +213,7 @@ def _evaluate(command: Evaluate) -> int:
         population=8 if full else 0,
         disturbed=full,
         schedule_runs=command.schedule_runs,
+        linear_runs=command.linear_runs,
     )
     flags = {"horizon": command.optimizer_steps, "rotation": command.rotation}
     changes = flags | dict(parse_assignment(text) for text in command.set)

@@ -109,6 +109,8 @@ class Evaluate:
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
     schedule_runs: int = 0
     """Also search the best open-loop schedule by CMA-ES with so many runs (0: no search)."""
+    linear_runs: int = 0
+    """Also search the best linear policy on the same signals, as PPO's rival (0: no search)."""
     optimizer_steps: int | None = None
     """Optimizer steps per run (default: as in the policy's training)."""
     rotation: str | None = None

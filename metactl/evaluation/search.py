@@ -1,17 +1,20 @@
 """What could be had without feedback: search by CMA-ES (arXiv 1604.00772), at a budget of runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from metactl.controllers import BaseController, Schedule
+from metactl.controllers import BaseController, Learned, Schedule
 from metactl.evaluation.arms import Arm, play_arms
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray
+from metactl.policy import Policy
 from metactl.shards import ShardRow
 
 KNOTS = np.array([0.25, 0.5, 0.75, 1.0])  # of a schedule, in progress
 _SPREAD = 0.25  # of the first candidates, in ranges of a knob
+_GAIN = 0.03  # of the first linear policies: largest moves per deviation of an observation
 
 
 def search(
@@ -103,3 +106,48 @@ def best_schedule(
         on_done=on_done,
     )
     return Arm(name="best schedule", positions=positions, controllers=(make(found),))
+
+
+def best_linear_policy(
+    shards: ShardRow,
+    policy: Policy,
+    positions: FloatArray,
+    *,
+    n_runs: int,
+    seed: int,
+    n_tasks: int = 8,
+    on_done: Callable[[int], None] | None = None,
+) -> Arm:
+    """What search makes of what a policy sees: PPO's rival, on the same observations and knobs.
+
+    Args:
+        shards: Where runs are played, on the tasks that policies are trained on.
+        policy: Its card and its normaliser are the rival's too.
+        positions: Where the knobs begin, `[n_knobs]` in [0, 1].
+        n_runs: Budget.
+        seed: Of candidates, tasks and runs.
+        n_tasks: Tasks that a candidate is judged by.
+        on_done: Called with the number of runs finished since the last call.
+    """
+    card = replace(policy.card, hidden=())
+    n_out, n_in = len(card.knobs), len(card.observations)
+    normaliser = {name: policy.weights[name] for name in ("mean", "std")}
+
+    def make(vector: FloatArray) -> Learned:
+        layer = vector.reshape(n_out, n_in + 1)
+        weights = {"weight_0": layer[:, :-1], "bias_0": layer[:, -1]}
+        return Learned(Policy(card, normaliser | weights))
+
+    found = search(
+        shards,
+        make,
+        np.zeros(n_out * (n_in + 1)),
+        positions,
+        spread=_GAIN,
+        bounds=(-1.0, 1.0),
+        n_runs=n_runs,
+        n_tasks=n_tasks,
+        seed=seed,
+        on_done=on_done,
+    )
+    return Arm(name="linear policy", positions=positions, controllers=(make(found),))

@@ -25,9 +25,9 @@ from metactl.evaluation.arms import (
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import check_populations, play_pbt
 from metactl.evaluation.place import Counter, Where
-from metactl.evaluation.search import best_schedule
+from metactl.evaluation.search import best_linear_policy, best_schedule
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
-from metactl.knobs import KnobSet
+from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import TrialResult
@@ -51,6 +51,7 @@ class EvaluationPlan:
         disturbed: Play the main arms again, with something befalling every run.
         schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
             meta-training; 0 leaves it out.
+        linear_runs: The same for the best linear policy, on what the policy sees.
     """
 
     n_tasks: int
@@ -62,6 +63,7 @@ class EvaluationPlan:
     population: int = 0
     disturbed: bool = False
     schedule_runs: int = 0
+    linear_runs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +117,16 @@ def evaluate(
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
         n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
         n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
-        n_arms += plan.schedule_runs > 0
-        count = Counter(n * n_arms + plan.schedule_runs, progress)
+        n_arms += (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+        count = Counter(n * n_arms + plan.schedule_runs + plan.linear_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
             then.append(yoked_arm(results.pop("policy, other seeds"), default))
             then += swapped_arms(policy, results["policy"], default, each=plan.each_group)
         results |= play_arms(shards, then, n, plan.seed, count)
-        if plan.schedule_runs:
-            with closing(where.open(split="meta_train")) as training:
-                schedule = best_schedule(
-                    training, default, n_runs=plan.schedule_runs, seed=plan.seed, on_done=count
-                )
-            results |= play_arms(shards, [schedule], n, plan.seed, count)
+        found = _searched(policy, where, plan, default, count)
+        results |= play_arms(shards, found, n, plan.seed, count)
         if plan.population:
             played = play_pbt(shards, plan.population, n, plan.seed, default, count)
             results[f"PBT, best of {plan.population}"] = played
@@ -164,6 +162,23 @@ def evaluate(
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
     return Evaluation(results=results, summary=summary)
+
+
+def _searched(
+    policy: Policy, where: Where, plan: EvaluationPlan, start: FloatArray, count: Counter
+) -> list[Arm]:
+    """What searches on the tasks of meta-training come to, at the plan's budgets."""
+    if not (plan.schedule_runs or plan.linear_runs):
+        return []
+    found = []
+    with closing(where.open(split="meta_train")) as training:
+        if plan.schedule_runs:
+            budget = {"n_runs": plan.schedule_runs, "seed": plan.seed}
+            found.append(best_schedule(training, start, **budget, on_done=count))
+        if plan.linear_runs:
+            budget = {"n_runs": plan.linear_runs, "seed": plan.seed}
+            found.append(best_linear_policy(training, policy, start, **budget, on_done=count))
+    return found
 
 
 def _require_feasible(plan: EvaluationPlan, where: Where) -> None:

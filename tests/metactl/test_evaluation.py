@@ -21,9 +21,10 @@ from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yo
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.pbt import Takeovers, play_pbt
-from metactl.evaluation.search import best_schedule
+from metactl.evaluation.search import best_linear_policy, best_schedule
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
 from metactl.homeostasis import SetPoints
+from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
@@ -351,6 +352,27 @@ def test_the_searched_schedule_beats_every_static_setting_of_a_drifting_optimum(
     assert found < min(losses.values())
     rates = [run.positions[:, 0] for run in played["best schedule"]]
     assert rates[0][-1] > rates[0][2] + 0.1  # it rises, as the optimum does
+
+
+def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(shards):
+    about = shards.describe()
+    names, knobs = about["observation_names"], tuple(about["knobs"])
+    card = PolicyCard(
+        format_version=1,
+        metactl_version="0",
+        knobs=knobs,
+        observations=tuple(names),
+        hidden=(),
+        n_control_steps=N,
+    )
+    n = len(names)
+    weights = {"weight_0": np.zeros((2, n)), "bias_0": np.zeros(2)}
+    resting = Policy(card, {"mean": np.zeros(n), "std": np.ones(n), **weights})
+    linear = best_linear_policy(shards, resting, DEFAULT, n_runs=600, seed=0, n_tasks=2)
+    static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
+    played = play_arms(shards, [linear, *static], 4, 9)
+    losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
+    assert losses.pop("linear policy") < min(losses.values())
 
 
 def test_a_search_spends_its_budget_and_is_repeatable(shards):
