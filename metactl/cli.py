@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -219,7 +220,10 @@ def _evaluate(command: Evaluate) -> int:
     changes = flags | dict(parse_assignment(text) for text in command.set)
     env_id, options = deployment(policy, data=command.data, **changes)
     workers = default_workers() if command.n_workers < 0 else command.n_workers
-    where = Where(env_id=env_id, options=options, n_envs=command.n_envs, n_workers=workers)
+    kept = None if command.run_dir is None else _folder_of_runs(command.run_dir)
+    where = Where(
+        env_id=env_id, options=options, n_envs=command.n_envs, n_workers=workers, folder=kept
+    )
     if command.headroom:
         return _headroom(command, where)
     with bar("Paired held-out runs") as progress:
@@ -236,6 +240,15 @@ def _evaluate(command: Evaluate) -> int:
     if command.figure is not None:
         draw_runs(command.figure, _drawn(evaluation.results), "Held-out runs")
     return 0
+
+
+def _folder_of_runs(run_dir: Path) -> Path:
+    from metactl.rundir import open_run_directory
+
+    begun = (run_dir / "config.yaml").exists()
+    folder = open_run_directory(run_dir, "evaluate", {}, resume=begun) / "played"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _headroom(command: Evaluate, where: "Where") -> int:

@@ -87,6 +87,8 @@ class Evaluate:
 
     policy: Path = Path("default")
     """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
+    run_dir: Path | None = None
+    """Keep what was played here: the same command goes on after a stop, and plays nothing twice."""
     json: Path | None = None
     """Write the report here as JSON."""
     update_card: bool = False

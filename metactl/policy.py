@@ -96,7 +96,7 @@ class Policy:
     """
 
     def __init__(self, card: PolicyCard, weights: dict[str, FloatArray]) -> None:
-        self.card, self.weights = card, weights
+        self.card, self.weights = card, dict(sorted(weights.items()))
         sizes = (len(card.observations), *card.hidden, len(card.knobs))
         expected: dict[str, tuple[int, ...]] = {"mean": sizes[:1], "std": sizes[:1]}
         for i, (n_in, n_out) in enumerate(pairwise(sizes)):

@@ -187,15 +187,16 @@ class ShardRow:
             raise ValueError("Trials are paired where all runs are alike; these shards are not")
         chunks = [trials[i : i + self.n_envs] for i in range(0, len(trials), self.n_envs)]
         results: list[list[TrialResult]] = [[] for _ in chunks]
-        for index, answer in self._play_chunks(chunks, between):
+        for index, answer in self.play_chunks(chunks, between):
             results[index] = answer
             if on_done is not None:
                 on_done(len(answer))
         return [result for chunk in results for result in chunk]
 
-    def _play_chunks(
+    def play_chunks(
         self, chunks: Sequence[Sequence[Trial]], between: Between | None
     ) -> Iterator[tuple[int, list[TrialResult]]]:
+        """Plays populations, each on one shard; place and results, as they come."""
         if self._local is not None:
             yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))
             return

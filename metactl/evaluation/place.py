@@ -1,21 +1,32 @@
 """Where an evaluation plays its runs, and how it counts them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metactl.config import ConfigError
+from metactl.evaluation.kept import KeepingRow
 from metactl.progress import Progress
 from metactl.shards import ShardRow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """The environment in which runs are played, on tasks that training never drew."""
+    """The environment in which runs are played, on tasks that training never drew.
+
+    Args:
+        env_id: Gymnasium id, with the module prefix.
+        options: Keyword arguments of the environment.
+        n_envs: Runs per worker.
+        n_workers: Worker processes; 0 plays in this one.
+        folder: Where what was played is kept, if it is.
+    """
 
     env_id: str
     options: dict[str, Any]
     n_envs: int
     n_workers: int
+    folder: Path | None = None
 
     def open(self, **changes: Any) -> ShardRow:
         """A row of shards; the caller closes it.
@@ -24,8 +35,9 @@ class Where:
             ConfigError: If the environment has no such option.
         """
         options = {**self.options, **changes}
+        place = (self.env_id, self.n_envs, options, self.n_workers)
         try:
-            return ShardRow(self.env_id, self.n_envs, options, self.n_workers)
+            return ShardRow(*place) if self.folder is None else KeepingRow(self.folder, *place)
         except TypeError as error:
             raise ConfigError(f"{self.env_id}: {error}") from error
 

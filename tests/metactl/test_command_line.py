@@ -177,6 +177,23 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert "something befalling each" in capsys.readouterr().out
 
 
+def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--schedule-runs", 1)
+    kept = ("--run-dir", tmp_path / "run")
+    reports = []
+    for name in ("first.json", "again.json"):
+        report = tmp_path / name
+        evaluate = ("evaluate", "--policy", trained / "policy", *small, *kept, "--json", report)
+        assert metactl(*evaluate) == 0
+        files = {path.name for path in (tmp_path / "run" / "played").iterdir()}
+        reports.append((report.read_bytes(), files))
+    assert reports[0] == reports[1]
+    foreign = ("evaluate", "--run-dir", trained, *small)
+    assert "holds a train run, not evaluate" in refused(capsys, *foreign)
+
+
 def test_evaluate_says_what_room_there_is_in_each_family(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,133 @@
+"""What an evaluation played is kept, so that one that was stopped goes on where it was.
+
+A file holds the results of the runs of one population, as plain arrays. Its name is a hash of all
+that determines them: environment, options, tasks, controllers, and the library's own source. Code
+outside of the library (a plant, a model) is not in the name; so the first population that is found
+is played again, and must come out the same.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metactl.config import ConfigError
+from metactl.files import write_atomically
+from metactl.rollout import Between, Trial, TrialResult
+from metactl.shards import ShardRow
+
+_LIBRARY = Path(__file__).parent.parent
+_VALUES = "values/"
+
+
+class KeepingRow(ShardRow):
+    """A row of shards that keeps what it played in a folder, and plays nothing twice.
+
+    A controller that has been at work in this process is another one: it has a memory.
+
+    Args:
+        folder: Where; it exists. Several rows, also of unlike environments, may share it.
+        env_id: As for any row, like the rest.
+        n_envs: Runs per shard.
+        options: Keyword arguments of the environment.
+        n_workers: Worker processes.
+    """
+
+    def __init__(
+        self, folder: Path, env_id: str, n_envs: int, options: Mapping[str, Any], n_workers: int
+    ) -> None:
+        super().__init__(env_id, n_envs, options, n_workers)
+        self._folder, self._trusted = folder, False
+        about = json.dumps([env_id, n_envs, options, _source()], sort_keys=True, default=str)
+        self._stem = about.encode()
+
+    def play_chunks(
+        self, chunks: Sequence[Sequence[Trial]], between: Between | None
+    ) -> Iterator[tuple[int, list[TrialResult]]]:
+        """Raises `ConfigError` if what was kept does not come out again."""
+        paths = [self._path(chunk, between) for chunk in chunks]
+        kept = {i: found for i, path in enumerate(paths) if (found := _read(path)) is not None}
+        if kept and not self._trusted:
+            self._require_repeatable(paths, chunks, kept, between)
+            self._trusted = True
+        yield from kept.items()
+        left = [i for i in range(len(chunks)) if i not in kept]
+        for place, results in super().play_chunks([chunks[i] for i in left], between):
+            packed = _packed(results)
+            write_atomically(paths[left[place]], packed)
+            yield left[place], _unpacked(packed)  # in memory too as it is read again
+
+    def _path(self, chunk: Sequence[Trial], between: Between | None) -> Path:
+        determined = self._stem + pickle.dumps((list(chunk), between))
+        return self._folder / f"{hashlib.sha256(determined).hexdigest()[:32]}.npz"
+
+    def _require_repeatable(
+        self,
+        paths: Sequence[Path],
+        chunks: Sequence[Sequence[Trial]],
+        kept: Mapping[int, list[TrialResult]],
+        between: Between | None,
+    ) -> None:
+        first = min(kept)
+        ((_, again),) = super().play_chunks([chunks[first]], between)
+        if _packed(again) != _packed(kept[first]):
+            raise ConfigError(
+                f"{str(self._folder)!r} holds runs that come out otherwise now: of other code, or "
+                f"of another machine ({paths[first].name}); give a new directory"
+            )
+
+
+@cache
+def _source() -> str:
+    """Hash of the library's own code."""
+    found = hashlib.sha256()
+    for path in sorted(_LIBRARY.rglob("*.py")):
+        found.update(path.relative_to(_LIBRARY).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _packed(results: Sequence[TrialResult]) -> bytes:
+    columns: dict[str, np.ndarray] = {}
+    for entry in fields(TrialResult):
+        if entry.name != "values":
+            columns[entry.name] = np.stack([getattr(result, entry.name) for result in results])
+    for knob in results[0].values:
+        columns[_VALUES + knob] = np.stack([result.values[knob] for result in results])
+    buffer = io.BytesIO()
+    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> list[TrialResult] | None:
+    """The results of a file, unless it is missing or damaged."""
+    try:
+        return _unpacked(path.read_bytes())
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+def _unpacked(packed: bytes) -> list[TrialResult]:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+        columns = {name: file[name] for name in file.files}
+    knobs = [name for name in columns if name.startswith(_VALUES)]
+    values = {name.removeprefix(_VALUES): columns.pop(name) for name in knobs}
+    return [
+        TrialResult(
+            **{name: _plain(column[i]) for name, column in columns.items()},
+            values={name: column[i] for name, column in values.items()},
+        )
+        for i in range(len(columns["arm"]))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """A number or word as Python's own."""
+    return value.item() if np.ndim(value) == 0 else value

@@ -1,0 +1,143 @@
+"""An evaluation that was stopped goes on where it was."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_plant import TOY
+
+from metactl.config import ConfigError
+from metactl.controllers import Replay
+from metactl.evaluation.arms import Arm, paired_episodes, play_arms, static_arm
+from metactl.evaluation.kept import KeepingRow
+from metactl.rollout import Trial
+
+N = 8
+DEFAULT = np.array([0.5, 0.5])
+
+
+class Counting(KeepingRow):
+    """Counts the populations that it really plays."""
+
+    def __init__(self, folder, **options):
+        super().__init__(folder, TOY, 4, {"n_control_steps": N, **options}, 0)
+        self.played = 0
+        inner = self._local.play
+
+        def play(chunk, between=None):
+            self.played += 1
+            return inner(chunk, between)
+
+        self._local.play = play
+
+
+def ramp():
+    return Replay(np.linspace(0.2, 0.8, N + 1)[:, None].repeat(2, axis=1))
+
+
+def arms():
+    return [
+        static_arm("default", DEFAULT),
+        Arm(name="ramp", positions=DEFAULT, controllers=(ramp(),)),
+    ]
+
+
+def trials(n=8):
+    episodes, controller = paired_episodes(n, 0, DEFAULT), ramp()
+    return [Trial(arm="ramp", episode=episode, controller=controller) for episode in episodes]
+
+
+def same(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert a.arm == b.arm and a.final_test == b.final_test and a.diverged == b.diverged
+        np.testing.assert_array_equal(a.positions, b.positions)
+        np.testing.assert_array_equal(a.observations, b.observations)
+        assert a.values.keys() == b.values.keys()
+        for name in a.values:
+            np.testing.assert_array_equal(a.values[name], b.values[name])
+
+
+def test_what_was_played_is_not_played_again_but_for_one_population(tmp_path):
+    with Counting(tmp_path) as row:
+        first = play_arms(row, arms(), 8, 0)
+        assert row.played == 4
+    with Counting(tmp_path) as row:
+        again = play_arms(row, arms(), 8, 0)
+        other = play_arms(row, arms(), 8, 1)
+        assert row.played == 1 + 4
+    for arm in first:
+        same(first[arm], again[arm])
+        assert [r.final_test for r in other[arm]] != [r.final_test for r in first[arm]]
+
+
+def test_a_play_that_was_stopped_goes_on_where_it_was(tmp_path):
+    wanted = trials()
+    chunks = [wanted[:4], wanted[4:]]
+    with Counting(tmp_path) as row:
+        list(itertools.islice(row.play_chunks(chunks, None), 1))
+    with Counting(tmp_path) as row:
+        results = row.play(wanted)
+        assert row.played == 2  # one to see that it comes out the same, one that was left
+    with Counting(tmp_path / "..") as row:
+        same(results, row.play(wanted))
+
+
+def test_runs_of_other_options_are_others(tmp_path):
+    with Counting(tmp_path) as row:
+        near = row.play(trials(4))
+    with Counting(tmp_path, farther=2.0) as row:
+        far = row.play(trials(4))
+        assert row.played == 1
+    assert near[0].final_test < far[0].final_test
+
+
+def test_damaged_files_are_played_again(tmp_path):
+    with Counting(tmp_path) as row:
+        results = row.play(trials())
+    halved, emptied = sorted(tmp_path.glob("*.npz"))
+    halved.write_bytes(halved.read_bytes()[: halved.stat().st_size // 2])
+    emptied.write_bytes(b"")
+    with Counting(tmp_path) as row:
+        same(results, row.play(trials()))
+        assert row.played == 2
+
+
+def test_a_file_with_code_in_it_is_not_run(tmp_path):
+    with Counting(tmp_path) as row:
+        results = row.play(trials(4))
+    (path,) = tmp_path.glob("*.npz")
+    hostile = np.empty(4, dtype=object)
+    hostile[:] = [exec, "raise SystemExit(3)", None, None]
+    np.savez(path, arm=hostile)
+    with Counting(tmp_path) as row:
+        same(results, row.play(trials(4)))
+
+
+def test_runs_of_other_code_are_refused(tmp_path):
+    with Counting(tmp_path) as row:
+        row.play(trials(4))
+    (path,) = tmp_path.glob("*.npz")
+    with np.load(path) as file:
+        columns = {name: file[name] for name in file.files}
+    np.savez(path, **{**columns, "final_test": columns["final_test"] + 1e-9})
+    with Counting(tmp_path) as row, pytest.raises(ConfigError, match="come out otherwise now"):
+        row.play(trials(4))
+
+
+def test_names_are_the_same_in_every_process(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; import test_kept_runs as t\n"
+        "with t.Counting(Path(sys.argv[1])) as row:\n"
+        "    row.play(t.trials(4))\n"
+        "print(row.played)"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        subprocess.run(command, env=environment, check=True, timeout=120)
+    assert len(list(tmp_path.glob("*.npz"))) == 1
