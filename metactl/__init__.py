@@ -35,6 +35,10 @@ _WITH_TORCH = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Imports what needs torch when it is asked for: the command line stays quick."""
     if name not in _WITH_TORCH:

@@ -1,6 +1,8 @@
 """A controller on somebody else's training run."""
 
+import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ __all__ = ["MODES", "Controller", "Decision"]
 logger = logging.getLogger(__name__)
 
 MODES = ("act", "shadow", "off")
+_controlled: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 
 
 class Controller:
@@ -73,6 +76,7 @@ class Controller:
             raise ValueError(f"n_control_steps must be at least 2, got {n_control_steps}")
         self.controller, self.strict = controller, strict
         self._run: Attachment | None = None
+        self._attached = False  # also in mode "off", where there is no run
 
     @property
     def mode(self) -> str:
@@ -135,12 +139,14 @@ class Controller:
         Raises:
             AttachError: If the run cannot be controlled as asked.
         """
-        if mode not in MODES:
-            raise AttachError(unknown_name("mode", mode, MODES))
+        check_options({"mode": mode, "probe": probe})
         if self._run is not None:
             raise AttachError("this controller is attached already; detach it first")
         if mode == "off":
+            self._attached = True
             return
+        if optimizer in _controlled:
+            raise AttachError("this optimizer has a controller already; detach that one first")
         written = Log(log, strict=self.strict)
         tokens = (tokens_per_step, unique_tokens)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
@@ -158,6 +164,8 @@ class Controller:
                 set_points=self._set_points,
                 strict=self.strict,
             )
+            self._attached = True
+            _controlled.add(optimizer)
         except Exception as error:
             for adapter in adapters.values():
                 adapter.close()
@@ -185,7 +193,9 @@ class Controller:
         except Exception:
             if self.strict:
                 raise
-            logger.warning("The controller failed and is off; training goes on", exc_info=True)
+            logger.warning(
+                "metactl: the controller failed and is off; the run goes on", exc_info=True
+            )
             self.detach(restore=False)
             return None
 
@@ -197,6 +207,7 @@ class Controller:
         """
         if self._run is not None:
             self._run.close(restore=restore)
+            _controlled.discard(self._run.optimizer)
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,11 +220,14 @@ class Controller:
         """Goes on from a state; `attach` to the same kind of run comes first.
 
         Raises:
-            AttachError: If the state is of another version, damaged, or of another run.
+            AttachError: If the state is of another version, damaged, or of another run, or if
+                nothing was attached yet.
         """
         version = state.get("version") if isinstance(state, Mapping) else None
         if version != STATE_VERSION:
             raise AttachError(f"state has version {version!r}; this metactl reads {STATE_VERSION}")
+        if not self._attached:
+            raise AttachError("attach comes before load_state_dict")
         if self._run is not None and state.get("mode") != "off":
             self._run.load_state_dict(state)
 
@@ -241,8 +255,31 @@ class Controller:
         if missing:
             everything = knobs is None and not isinstance(self.controller, Learned)
             level = logging.INFO if everything else logging.WARNING
-            logger.log(level, "Left alone: %s", _listed(missing))
+            logger.log(level, "metactl leaves alone what it cannot move: %s", _listed(missing))
         return {adapter.knob.name: adapter for adapter in found}
+
+
+def check_options(options: Mapping[str, Any], *, given: Sequence[str] = ()) -> None:
+    """Refuses options of `Controller.attach` that cannot be right, before there is a model.
+
+    Args:
+        options: By name.
+        given: Names of those that come from elsewhere.
+
+    Raises:
+        AttachError: With the option, and what it may be.
+    """
+    known = [name for name in inspect.signature(Controller.attach).parameters if name != "self"]
+    for name in options:
+        if name in given:
+            raise AttachError(f"{name} is the trainer's: leave it out")
+        if name not in known:
+            raise AttachError(unknown_name("option", name, [k for k in known if k not in given]))
+    mode, probe = options.get("mode", "act"), options.get("probe")
+    if mode not in MODES:
+        raise AttachError(unknown_name("mode", mode, MODES))
+    if probe is not None and not callable(probe):
+        raise AttachError(f"probe must be a function that returns a loss, got {probe!r}")
 
 
 def _listed(missing: Mapping[str, str]) -> str:

@@ -94,6 +94,7 @@ class Attachment:
     ) -> None:
         self.adapters, self.act = dict(adapters), act
         self._model, self._given, self._strict = model, given, strict
+        self.optimizer = optimizer
         self._probe = given.probe
         self._known_total = given.total_steps is not None
         self._total = _FIRST_BUDGET if given.total_steps is None else given.total_steps
@@ -106,11 +107,10 @@ class Attachment:
         self._written = {name: adapter.read() for name, adapter in adapters.items()}
         self._positions = self._position_of(self._written)
         self._last_moves = np.zeros_like(self._positions)
-        self._index = 0
+        self._index, self._warned = 0, False
         start = {"progress": np.zeros(1)}
-        loss = self._probe_loss()
-        if loss is not None:
-            start["probe_loss"] = np.array([loss])
+        if self._probe is not None:
+            start["probe_loss"] = np.array([self._first_probe_loss()])
         self._history.reset([0], start)
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
@@ -132,6 +132,13 @@ class Attachment:
         """A decision, where a control step is due."""
         decision = self._control() if self._meter.steps >= self._next else None
         self._arm()
+        if self._known_total and self._meter.steps > self._total and not self._warned:
+            self._warned = True
+            logger.warning(
+                "metactl: the run goes on past its total_steps=%d; nothing is decided any more, "
+                "and the knobs stay where they are",
+                self._total,
+            )
         return decision
 
     def close(self, *, restore: bool) -> None:
@@ -202,6 +209,8 @@ class Attachment:
         known: dict[str, float | None] = {}
         self._together(lambda: known.update(self._measure()))
         measurement = self._ranks.mean(meter.read(known))
+        if measurement.probe_loss is not None:
+            measurement.diverged[:] |= ~np.isfinite(measurement.probe_loss)
         self._together(self._note_changes_by_hand)
         progress = np.array([min(meter.steps / self._total, 1.0)])
         self._history.append(progress, measurement)
@@ -290,12 +299,28 @@ class Attachment:
         try:
             with sealed(self._model, training=False):
                 return float(self._probe())
-        except Exception:
+        except Exception as error:
             if self._strict:
                 raise
-            logger.warning("The probe failed; going on without it", exc_info=True)
+            logger.warning(
+                "metactl: the probe failed (%s: %s); going on without it",
+                type(error).__name__,
+                error,
+            )
             self._probe = None
             return None
+
+    def _first_probe_loss(self) -> float:
+        """At `attach` a probe must work."""
+        assert self._probe is not None
+        try:
+            with sealed(self._model, training=False):
+                loss = float(self._probe())
+        except Exception as error:
+            raise AttachError(f"the probe failed: {type(error).__name__}: {error}") from error
+        if not math.isfinite(loss):
+            raise AttachError(f"the probe must return a finite loss, got {loss}")
+        return loss
 
     def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
         inside = {

@@ -73,6 +73,8 @@ def find_policy(policy: str | Path) -> Path:
     Raises:
         PolicyError: For a bare name that is neither.
     """
+    if not isinstance(policy, str | Path):
+        raise PolicyError(f"policy must be a name or a folder, got {policy!r}")
     folder = Path(policy)
     if folder.is_dir() or len(folder.parts) != 1:
         return folder
@@ -170,7 +172,9 @@ def _read(path: Path) -> bytes:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror or error
-        raise PolicyError(f"Policy file {str(path)!r} cannot be read: {reason}") from error
+        raise PolicyError(
+            f"{str(path.parent)!r} is no policy: {path.name} cannot be read: {reason}"
+        ) from error
     if len(data) > _MAX_BYTES:
         raise PolicyError(f"Policy file {str(path)!r} is larger than {_MAX_BYTES >> 20} MiB")
     return data

@@ -36,7 +36,7 @@ class RopeBaseKnob(ModelKnob):
         inner = unwrapped(model)
         self._rotaries = [m for m in inner.modules() if _buffers(m) and hasattr(m, "config")]
         if not self._rotaries:
-            raise AttachError("the model has no rotary embedding as transformers makes them")
+            raise AttachError("the model has none of transformers' rotary embeddings")
         self._parameters = [_parameters(m.config) for m in self._rotaries]
         bases = {float(p[_KEY]) for p in self._parameters}
         if len(bases) > 1:

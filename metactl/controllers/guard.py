@@ -80,8 +80,9 @@ class Guard(BaseController):
         loss = self._loss(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
-        self._outside = np.where(loss > self._best + self.band, self._outside + 1, 0)
-        inside = np.asarray(self._outside == 0)
+        out = ~np.isfinite(loss) | (loss > self._best + self.band)
+        self._outside = np.where(out, self._outside + 1, 0)
+        inside = ~out
         improved = inside & (loss <= self._best)
         self._best = np.minimum(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]

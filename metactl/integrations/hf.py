@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from metactl.adapters import AttachError
-from metactl.attach import Controller
+from metactl.attach import Controller, check_options
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,18 @@ class MetaControlCallback(TrainerCallback, ExportableState):
     """Controls a Trainer's run; resumes with the Trainer's own checkpoints.
 
     Args:
-        policy: Folder of a policy, or a controller that is not attached yet.
+        policy: Name or folder of a policy, or a controller that is not attached yet.
         options: Of `Controller.attach`; the budget is the Trainer's.
+
+    Raises:
+        AttachError: For an option that `attach` does not have.
 
     Example:
         `Trainer(..., callbacks=[MetaControlCallback("default", mode="shadow")])`
     """
 
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
+        check_options(options, given=("model", "optimizer", "total_steps"))
         self.controller = Controller.of(policy)
         self.options = options
         self._losses: list[Tensor] = []

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from metactl.adapters import AttachError
-from metactl.attach import Controller
+from metactl.attach import Controller, check_options
 
 
 class MetaControlCallback(lightning.Callback):
     """Controls a Lightning run; resumes with Lightning's own checkpoints.
 
     Args:
-        policy: Folder of a policy, or a controller that is not attached yet.
+        policy: Name or folder of a policy, or a controller that is not attached yet.
         options: Of `Controller.attach`; the budget is the Trainer's.
+
+    Raises:
+        AttachError: For an option that `attach` does not have.
 
     Example:
         `lightning.Trainer(..., callbacks=[MetaControlCallback("default")])`
@@ -27,6 +30,7 @@ class MetaControlCallback(lightning.Callback):
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
         self.controller = Controller.of(policy)
         self.options = options
+        check_options(options, given=("model", "optimizer", "total_steps"))
         self._norm: Tensor | None = None
         self._pending: dict[str, Any] | None = None
         self._active = False

@@ -272,6 +272,51 @@ def test_a_loss_out_of_its_band_brings_back_the_good_knobs_and_says_so():
     assert decisions[3].values["dropout"] == pytest.approx(decisions[1].values["dropout"])
 
 
+def test_a_loss_that_was_never_finite_brings_the_knobs_to_their_defaults():
+    controller = Controller(Constant(1.0), n_control_steps=N)
+    run = Loop(controller, probe=False, knobs=["dropout"], mode="act")
+    run.loss = lambda tokens: run.model(tokens).sum() * float("nan")
+    run.train(STEPS)
+    assert all(d.vetoed and "not finite" in d.reason for d in run.decisions)
+    assert all(d.values["dropout"] == pytest.approx(0.1) for d in run.decisions)
+
+
+def test_a_probe_that_is_not_finite_any_more_is_a_loss_out_of_its_band():
+    run = Loop(moving())
+    run.train(12)
+    run.controller._run._probe = lambda: float("nan")
+    run.train(STEPS - 12)
+    assert [d.vetoed for d in run.decisions[-2:]] == [True, True]
+    assert "not finite" in run.decisions[-1].reason
+
+
+def test_two_controllers_of_one_optimizer_are_refused_until_the_first_lets_go():
+    run = Loop(moving())
+    with pytest.raises(AttachError, match="has a controller already; detach that one first"):
+        moving().attach(run.model, run.optimizer, total_steps=STEPS, mode="shadow")
+    run.controller.detach()
+    moving().attach(run.model, run.optimizer, total_steps=STEPS)
+
+
+def test_a_state_before_there_is_a_run_is_refused():
+    state = Loop(moving()).train(9).controller.state_dict()
+    with pytest.raises(AttachError, match="attach comes before load_state_dict"):
+        moving().load_state_dict(state)
+    off = Loop(moving(), mode="off").controller
+    off.load_state_dict(state)  # nothing is at work, so there is nothing to go on with
+    assert off.mode == "off"
+
+
+def test_a_run_longer_than_it_was_said_to_be_warns_once(caplog):
+    run = Loop(moving(), total_steps=12)
+    with caplog.at_level(logging.WARNING, logger="metactl"):
+        run.train(STEPS)
+    assert [record.message for record in caplog.records] == [
+        "metactl: the run goes on past its total_steps=12; nothing is decided any more, and the "
+        "knobs stay where they are"
+    ]
+
+
 def test_a_knob_of_the_users_own_moves_and_a_dead_one_is_refused():
     state = {"noise": 0.5}
     knob = Knob(name="noise", low=0.0, high=1.0, default=0.5)
@@ -307,7 +352,10 @@ def broken(**changes):
         ({"knobs": ["dropout", "dropout"]}, "two of the knobs have the same name"),
         ({"knobs": [3]}, "a knob must be a name or an adapter, got int"),
         ({"knobs": []}, "cannot move anything: knobs is empty"),
-        ({"knobs": ["rope_base"]}, "rope_base: the model has no rotary embedding"),
+        ({"knobs": ["rope_base"]}, "rope_base: the model has none of transformers"),
+        ({"probe": 1.0}, "probe must be a function that returns a loss, got 1.0"),
+        ({"probe": lambda: float("nan")}, "the probe must return a finite loss, got nan"),
+        ({"probe": lambda: [][0]}, "the probe failed: IndexError: list index out of range"),
         ({"on_unsupported": "ignore"}, "on_unsupported must be 'mask' or 'raise', got 'ignore'"),
         ({"log": 7}, "log must be a SummaryWriter or a function"),
         ({"knobs": ["dropout"], "example": torch.ones(1, 4)}, "give attach an input that it takes"),

@@ -87,6 +87,20 @@ def series(logged, tag):
     return [(step, value) for name, value, step in logged if name == tag]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 5}, "total_steps is the trainer's: leave it out"),
+        ({"mdoe": "act"}, "Unknown option 'mdoe'.*Did you mean 'mode'"),
+        ({"mode": "shadwo"}, "Unknown mode 'shadwo'"),
+        ({"probe": 2.0}, "probe must be a function"),
+    ],
+)
+def test_wrong_options_are_refused_before_there_is_a_trainer(options, message):
+    with pytest.raises(AttachError, match=message):
+        MetaControlCallback("default", **options)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_knobs_move_and_shadow_leaves_the_run_bit_identical(family, tmp_path):
     alone, losses = train(tmp_path, family)
