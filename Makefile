@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: done"
 
 demo: $(STAMP)
-	@echo "demo: train a controller, apply it to new runs, compare (about 8 minutes on 2 cores)"
+	@echo "demo: train a controller, apply it to new runs, compare (about 5 minutes on 2 cores)"
 	@$(BIN)/metactl demo --run-dir runs/demo
 
 lint: $(STAMP)

@@ -15,13 +15,9 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
     """Arms, their losses, and the paired difference of the policy to each."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm")
-    for header in (
-        "test loss",
-        "best ckpt",
-        "policy minus arm (95 %)",
-        "wins",
-        "in balance",
-    ):
+    headers = ["test loss", "best ckpt", "policy minus arm (95 %)", "wins"]
+    measured = any("homeostasis_index" in figures for figures in summary["arms"].values())
+    for header in (*headers, "in balance") if measured else headers:
         table.add_column(header, justify="right")
     order = sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"])
     for arm, figures in order:
@@ -33,7 +29,7 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
             f"{figures['best_checkpoint_test']:.3f}",
             _difference(summary, arm),
             _share(wins),
-            _share(figures.get("homeostasis_index")),
+            *([_share(figures.get("homeostasis_index"))] if measured else []),
         )
     return table
 
