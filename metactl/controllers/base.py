@@ -16,8 +16,13 @@ class BaseController(abc.ABC):
     A controller sees what every controller sees: the observation of `metactl.signals.Codec`. It
     may remember things per run; `begin` clears them, and `memory` names the attributes (arrays or
     plain numbers) that hold them.
+
+    Attributes:
+        band: How far the log loss may rise over its best before the guard takes over (0.2: by a
+            factor of 1.22).
     """
 
+    band: float = 0.2
     codec: Codec
     n_runs: int
     memory: tuple[str, ...] = ()

@@ -25,8 +25,7 @@ class Guard(BaseController):
 
     Args:
         controller: Who is guarded.
-        band: Rise of the log loss over its best that is tolerated; 0.03 is a little more than a
-            probe of 16 sequences varies by chance.
+        band: Rise of the log loss over its best that is tolerated; by default the controller's.
         patience: Control steps at the last good knobs before the defaults are tried.
         n_control_steps: Decisions per run.
         strict: Let the controller's exceptions through.
@@ -41,12 +40,13 @@ class Guard(BaseController):
         self,
         controller: BaseController,
         *,
-        band: float = 0.03,
+        band: float | None = None,
         patience: int = 4,
         n_control_steps: int = 40,
         strict: bool = False,
     ) -> None:
-        self.controller, self.band, self.patience = controller, band, patience
+        self.controller, self.patience = controller, patience
+        self.band = controller.band if band is None else band
         self.strict = strict
         self.share = 1 / n_control_steps
         self.failed = False

@@ -18,6 +18,8 @@ class Learned(BaseController):
         policy: The policy.
     """
 
+    band = 0.03  # a little more than a probe of 16 sequences varies by chance
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 

@@ -253,6 +253,11 @@ def test_when_the_loss_leaves_the_band_knobs_go_to_where_they_were_good_then_to_
     assert guard.act(observation(positions=now, **{level: -0.9}, **has)).tolist() == [[1, 1]]
 
 
+def test_the_guard_takes_over_sooner_under_a_learned_policy_than_under_a_rule():
+    assert Guard(Learned(Policy.load("default"))).band < Guard(Static()).band
+    assert Guard(Learned(Policy.load("default")), band=0.5).band == 0.5
+
+
 def test_a_guarded_controller_that_diverges_alone_keeps_its_run_alive():
     class Reckless(Scripted):
         def act(self, observation):
