@@ -24,6 +24,7 @@ __all__ = ["MODES", "Controller", "Decision"]
 logger = logging.getLogger(__name__)
 
 MODES = ("act", "shadow", "off")
+_TRAINERS = ("model", "optimizer", "total_steps")  # what a trainer's callback knows by itself
 _controlled: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 
 
@@ -139,7 +140,7 @@ class Controller:
         Raises:
             AttachError: If the run cannot be controlled as asked.
         """
-        check_options({"mode": mode, "probe": probe})
+        _check_values(mode, probe)
         if self._run is not None:
             raise AttachError("this controller is attached already; detach it first")
         if mode == "off":
@@ -259,23 +260,24 @@ class Controller:
         return {adapter.knob.name: adapter for adapter in found}
 
 
-def check_options(options: Mapping[str, Any], *, given: Sequence[str] = ()) -> None:
-    """Refuses options of `Controller.attach` that cannot be right, before there is a model.
-
-    Args:
-        options: By name.
-        given: Names of those that come from elsewhere.
+def check_trainers_options(options: Mapping[str, Any]) -> None:
+    """Refuses what a trainer's callback cannot give to `Controller.attach`, before there is a run.
 
     Raises:
         AttachError: With the option, and what it may be.
     """
-    known = [name for name in inspect.signature(Controller.attach).parameters if name != "self"]
+    parameters = inspect.signature(Controller.attach).parameters
+    known = [name for name in parameters if name not in ("self", *_TRAINERS)]
     for name in options:
-        if name in given:
+        if name in _TRAINERS:
             raise AttachError(f"{name} is the trainer's: leave it out")
         if name not in known:
-            raise AttachError(unknown_name("option", name, [k for k in known if k not in given]))
-    mode, probe = options.get("mode", "act"), options.get("probe")
+            raise AttachError(unknown_name("option", name, known))
+    _check_values(**{name: options[name] for name in ("mode", "probe") if name in options})
+
+
+def _check_values(mode: str = "act", probe: Any = None) -> None:
+    """Refuses values that are wrong whatever the model is."""
     if mode not in MODES:
         raise AttachError(unknown_name("mode", mode, MODES))
     if probe is not None and not callable(probe):

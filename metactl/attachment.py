@@ -110,7 +110,7 @@ class Attachment:
         self._index, self._warned = 0, False
         start = {"progress": np.zeros(1)}
         if self._probe is not None:
-            start["probe_loss"] = np.array([self._first_probe_loss()])
+            start["probe_loss"] = np.array([self._first_probe_loss(self._probe)])
         self._history.reset([0], start)
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
@@ -297,8 +297,7 @@ class Attachment:
         if self._probe is None:
             return None
         try:
-            with sealed(self._model, training=False):
-                return float(self._probe())
+            return self._ask(self._probe)
         except Exception as error:
             if self._strict:
                 raise
@@ -310,12 +309,14 @@ class Attachment:
             self._probe = None
             return None
 
-    def _first_probe_loss(self) -> float:
+    def _ask(self, probe: Callable[[], float | Tensor]) -> float:
+        with sealed(self._model, training=False):
+            return float(probe())
+
+    def _first_probe_loss(self, probe: Callable[[], float | Tensor]) -> float:
         """At `attach` a probe must work."""
-        assert self._probe is not None
         try:
-            with sealed(self._model, training=False):
-                loss = float(self._probe())
+            loss = self._ask(probe)
         except Exception as error:
             raise AttachError(f"the probe failed: {type(error).__name__}: {error}") from error
         if not math.isfinite(loss):

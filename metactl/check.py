@@ -3,7 +3,7 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,23 @@ class Finding:
     text: str
 
 
-def check_target(target: str) -> list[Finding]:
+def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[Finding]:
     """Checks `MODULE:CLASS` or a Gymnasium id.
 
+    Args:
+        target: Which.
+        options: Keyword arguments of an environment by its id.
+
     Raises:
-        ConfigError: If there is no such thing.
+        ConfigError: If there is no such thing, or it does not take the options.
     """
     module_name, _, name = target.partition(":")
     if name.isidentifier():
+        if options:
+            raise ConfigError(
+                f"{', '.join(options)}: {target} is built without arguments; options are for an "
+                f"environment by its id"
+            )
         found = getattr(_import(module_name), name, None)
         if found is None:
             raise ConfigError(f"Module {module_name!r} has no {name!r}")
@@ -46,7 +55,11 @@ def check_target(target: str) -> list[Finding]:
     if name:
         _import(module_name)
     try:
-        env = gymnasium.make(target).unwrapped
+        env = gymnasium.make(target, **(options or {})).unwrapped
+    except TypeError as error:
+        if not options:
+            raise
+        raise ConfigError(f"{target} does not take {', '.join(options)}: {error}") from error
     except gymnasium.error.Error as error:
         raise ConfigError(f"No environment {target!r}: {error}") from error
     findings = list(check_environment(env))

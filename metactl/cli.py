@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from metactl.config import EnvironmentConfig
     from metactl.evaluation import Where
 
+_OF_THE_PLACE = (  # errors that say where somebody wanted something written, not what went wrong
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+)
 _ROTATION = "environment.options.rotation"
 
 
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in _OF_THE_PLACE:
             raise
         where = f": {error.filename!r}" if error.filename else ""
         code = _refuse(f"{error.strerror}{where}")
@@ -197,6 +201,8 @@ def _evaluate(command: Evaluate) -> int:
         if getattr(command, flag) < low:
             name = flag.replace("_", "-")
             raise ConfigError(f"--{name} must be at least {low}, got {getattr(command, flag)}")
+    if command.headroom:
+        _require_headroom_options(command)
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
@@ -249,6 +255,14 @@ def _folder_of_runs(run_dir: Path) -> Path:
     folder = open_run_directory(run_dir, "evaluate", {}, resume=begun) / "played"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _require_headroom_options(command: Evaluate) -> None:
+    for flag in ("update_card", "figure"):
+        if getattr(command, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
+    if not command.families:
+        raise ValueError("--families needs at least one family, got none")
 
 
 def _headroom(command: Evaluate, where: "Where") -> int:
@@ -326,7 +340,8 @@ def _sweep(command: Sweep) -> int:
 def _check(command: Check) -> int:
     from metactl.check import check_target
 
-    findings = check_target(command.target)
+    options = {} if command.rotation is None else {"rotation": command.rotation}
+    findings = check_target(command.target, options)
     for finding in findings:
         print(f"{'ok     ' if finding.passed else 'PROBLEM'}  {finding.text}")
     problems = sum(not finding.passed for finding in findings)

@@ -151,6 +151,8 @@ class Check:
 
     target: tyro.conf.Positional[str]
     """An environment id such as 'envs:AdaptiveTransformer-v0', or MODULE:CLASS."""
+    rotation: str | None = None
+    """Rotation variant of an environment that has them (see docs/rotations.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

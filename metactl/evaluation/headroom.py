@@ -14,7 +14,7 @@ import numpy as np
 
 from metactl.evaluation.arms import Results, play_arms, static_arm, static_grid
 from metactl.evaluation.place import Counter, Where
-from metactl.evaluation.search import best_schedule
+from metactl.evaluation.search import Search, best_schedule
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray, KnobSet
 from metactl.progress import Progress
@@ -64,10 +64,14 @@ def headroom(
         scored_on = play_arms(shards, repeated, n_tasks, seed, count)
         if schedule_runs:
             with closing(where.open(split="meta_train")) as training:
-                schedule = best_schedule(
-                    training, default, n_runs=schedule_runs, seed=seed, on_done=count
+                search = Search(
+                    shards=training,
+                    positions=default,
+                    n_runs=schedule_runs,
+                    seed=seed,
+                    on_done=count,
                 )
-            schedule = replace(schedule, other_seed=True)
+                schedule = replace(best_schedule(search), other_seed=True)
             scored_on |= play_arms(shards, [schedule], n_tasks, seed, count)
 
     def setting(name: str) -> dict[str, float]:

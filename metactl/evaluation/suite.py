@@ -25,7 +25,7 @@ from metactl.evaluation.arms import (
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import check_populations, play_pbt
 from metactl.evaluation.place import Counter, Where
-from metactl.evaluation.search import best_linear_policy, best_schedule
+from metactl.evaluation.search import Search, best_linear_policy, best_schedule
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
@@ -172,12 +172,16 @@ def _searched(
         return []
     found = []
     with closing(where.open(split="meta_train")) as training:
+
+        def search(n_runs: int) -> Search:
+            return Search(
+                shards=training, positions=start, n_runs=n_runs, seed=plan.seed, on_done=count
+            )
+
         if plan.schedule_runs:
-            budget = {"n_runs": plan.schedule_runs, "seed": plan.seed}
-            found.append(best_schedule(training, start, **budget, on_done=count))
+            found.append(best_schedule(search(plan.schedule_runs)))
         if plan.linear_runs:
-            budget = {"n_runs": plan.linear_runs, "seed": plan.seed}
-            found.append(best_linear_policy(training, policy, start, **budget, on_done=count))
+            found.append(best_linear_policy(search(plan.linear_runs), policy))
     return found
 
 

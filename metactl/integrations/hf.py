@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from metactl.adapters import AttachError
-from metactl.attach import Controller, check_options
+from metactl.attach import Controller, check_trainers_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class MetaControlCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
-        check_options(options, given=("model", "optimizer", "total_steps"))
+        check_trainers_options(options)
         self.controller = Controller.of(policy)
         self.options = options
         self._losses: list[Tensor] = []

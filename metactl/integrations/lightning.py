@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metactl.adapters import AttachError
-from metactl.attach import Controller, check_options
+from metactl.attach import Controller, check_trainers_options
 
 
 class MetaControlCallback(lightning.Callback):
@@ -28,9 +28,9 @@ class MetaControlCallback(lightning.Callback):
     """
 
     def __init__(self, policy: str | Path | Controller, **options: Any) -> None:
+        check_trainers_options(options)
         self.controller = Controller.of(policy)
         self.options = options
-        check_options(options, given=("model", "optimizer", "total_steps"))
         self._norm: Tensor | None = None
         self._pending: dict[str, Any] | None = None
         self._active = False

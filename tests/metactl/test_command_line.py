@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,7 +255,18 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "Did you mean 'dropout'?" in refused(capsys, *evaluate, "--static", "dropuot=0")
     assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--set", "task=txet")
     assert "d_modle" in refused(capsys, *evaluate, "--set", "d_modle=64")
-    assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--headroom", "--families", "txet")
+    headroom = (*evaluate, "--headroom")
+    assert "Unknown task 'txet'" in refused(capsys, *headroom, "--families", "txet")
+    assert "--families needs" in refused(capsys, *headroom, "--families")
+    assert "--figure is about a policy" in refused(capsys, *headroom, "--figure", new / "a.png")
+    kept = tmp_path / "kept"
+    assert metactl(*evaluate, "--grid", 1, "--n-envs", 2, "--run-dir", kept) == 0
+    shutil.rmtree(kept / "played")
+    (kept / "played").touch()
+    assert f"File exists: '{kept / 'played'}'" in refused(capsys, *evaluate, "--run-dir", kept)
+    check = ("check", "envs:AdaptiveTransformer-v0", "--rotation", "givns")
+    assert "Did you mean 'givens'?" in refused(capsys, *check)
+    assert "built without arguments" in refused(capsys, "check", "a:Plant", "--rotation", "rope")
     assert not new.exists()
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years of work"
 

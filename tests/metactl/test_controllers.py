@@ -15,6 +15,7 @@ from metactl.controllers import (
     Responsive,
     Schedule,
     Static,
+    WithSignalsOf,
 )
 from metactl.env import ControlConfig, ControlLoop
 from metactl.policy import PolicyCard
@@ -256,6 +257,8 @@ def test_when_the_loss_leaves_the_band_knobs_go_to_where_they_were_good_then_to_
 def test_the_guard_takes_over_sooner_under_a_learned_policy_than_under_a_rule():
     assert Guard(Learned(Policy.load("default"))).band < Guard(Static()).band
     assert Guard(Learned(Policy.load("default")), band=0.5).band == 0.5
+    blind = WithSignalsOf(Learned(Policy.load("default")), [], np.zeros((N, 0)))
+    assert Guard(blind).band == Guard(Learned(Policy.load("default"))).band
 
 
 def test_a_guarded_controller_that_diverges_alone_keeps_its_run_alive():

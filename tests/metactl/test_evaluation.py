@@ -21,7 +21,7 @@ from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yo
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.pbt import Takeovers, play_pbt
-from metactl.evaluation.search import best_linear_policy, best_schedule
+from metactl.evaluation.search import Search, best_linear_policy, best_schedule
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
 from metactl.homeostasis import SetPoints
 from metactl.policy import Policy, PolicyCard
@@ -343,8 +343,14 @@ def test_what_happens_between_control_steps_is_observed_by_the_next():
 # Search ------------------------------------------------------------------------------------------
 
 
+def searching(shards, n_runs, seed=0, on_done=None):
+    return Search(
+        shards=shards, positions=DEFAULT, n_runs=n_runs, seed=seed, n_tasks=2, on_done=on_done
+    )
+
+
 def test_the_searched_schedule_beats_every_static_setting_of_a_drifting_optimum(shards):
-    schedule = best_schedule(shards, DEFAULT, n_runs=400, seed=0, n_tasks=2)
+    schedule = best_schedule(searching(shards, 400))
     static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
     played = play_arms(shards, [schedule, *static], 4, 9)
     losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
@@ -368,7 +374,7 @@ def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(s
     n = len(names)
     weights = {"weight_0": np.zeros((2, n)), "bias_0": np.zeros(2)}
     resting = Policy(card, {"mean": np.zeros(n), "std": np.ones(n), **weights})
-    linear = best_linear_policy(shards, resting, DEFAULT, n_runs=600, seed=0, n_tasks=2)
+    linear = best_linear_policy(searching(shards, 600), resting)
     static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
     played = play_arms(shards, [linear, *static], 4, 9)
     losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
@@ -377,10 +383,7 @@ def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(s
 
 def test_a_search_spends_its_budget_and_is_repeatable(shards):
     spent = []
-    found = [
-        best_schedule(shards, DEFAULT, n_runs=60, seed=3, n_tasks=2, on_done=spent.append)
-        for _ in range(2)
-    ]
+    found = [best_schedule(searching(shards, 60, seed=3, on_done=spent.append)) for _ in range(2)]
     controllers = [arm.controllers[0] for arm in found]
     assert np.array_equal(controllers[0].positions, controllers[1].positions)
     assert 2 * 60 <= sum(spent) <= 2 * 100

@@ -106,15 +106,31 @@ def test_damaged_files_are_played_again(tmp_path):
         assert row.played == 2
 
 
-def test_a_file_with_code_in_it_is_not_run(tmp_path):
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_a_file_with_code_in_it_is_played_again_and_its_code_is_not_run(tmp_path):
     with Counting(tmp_path) as row:
         results = row.play(trials(4))
     (path,) = tmp_path.glob("*.npz")
+    mark = tmp_path / "it ran"
     hostile = np.empty(4, dtype=object)
-    hostile[:] = [exec, "raise SystemExit(3)", None, None]
+    hostile[:] = [Hostile(mark)] * 4
     np.savez(path, arm=hostile)
     with Counting(tmp_path) as row:
         same(results, row.play(trials(4)))
+        assert row.played == 1
+    assert not mark.exists()
+    np.savez(path, arm=hostile)
+    np.load(path, allow_pickle=True)["arm"]
+    assert mark.exists()  # so it would have run
 
 
 def test_runs_of_other_code_are_refused(tmp_path):
