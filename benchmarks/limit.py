@@ -1,11 +1,13 @@
 """The limit of a shape: the batched matrix products of one optimizer step, and nothing else."""
 
 import multiprocessing
-import resource
-import time
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from benchmarks.plain import peak_memory, rate_of
+from envs.graph import recorder
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
 
@@ -28,38 +30,39 @@ def products(
     return [*layer * n_layers, (n, tokens, d_model, vocabulary)]
 
 
-def _work(shapes: list[Product], seconds: float, answer: Any) -> None:
+def _work(shapes: list[Product], seconds: float, device: str, answer: Any) -> None:
     torch.set_num_threads(1)
     operands = []
     for batch, rows, inner, columns in shapes:
-        x = torch.randn(batch, rows, inner)
-        w = torch.randn(batch, inner, columns)
-        operands.append((x, w, torch.randn(batch, rows, columns)))
+        x = torch.randn(batch, rows, inner, device=device)
+        w = torch.randn(batch, inner, columns, device=device)
+        operands.append((x, w, torch.randn(batch, rows, columns, device=device)))
 
-    def step() -> None:
+    def step() -> tuple[Tensor, ...]:
         for x, w, grad in operands:
             torch.bmm(x, w)
             torch.bmm(grad, w.transpose(1, 2))
             torch.bmm(x.transpose(1, 2), grad)
+        return ()
 
-    step()
-    start, n_steps = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        step()
-        n_steps += 1
-    rate = n_steps / (time.perf_counter() - start)
-    answer.send((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    replay = recorder([operands[0][0]])(step) if device == "cuda" else step
+    answer.send((rate_of(replay, seconds, device), peak_memory(device)))
 
 
 def steps_per_second(
-    shape: dict[str, int], batch_size: int, n_envs: int, n_processes: int, seconds: float
+    shape: dict[str, int],
+    batch_size: int,
+    n_envs: int,
+    n_processes: int,
+    seconds: float,
+    device: str,
 ) -> tuple[float, float]:
     """Replica steps per second of all processes together, and their peak memory in MiB."""
     context = multiprocessing.get_context("spawn")
     shapes = products(n_envs, batch_size, **shape)
     pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
     processes = [
-        context.Process(target=_work, args=(shapes, seconds, theirs)) for _, theirs in pipes
+        context.Process(target=_work, args=(shapes, seconds, device, theirs)) for _, theirs in pipes
     ]
     for process in processes:
         process.start()

@@ -3,6 +3,7 @@
 import multiprocessing
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256
+_WARM_UP = 20  # steps
 
 
 class Block(nn.Module):
@@ -59,16 +61,17 @@ class Transformer(nn.Module):
         return self.unembedding(self.norm(x))
 
 
-def _work(shape: dict[str, int], batch_size: int, seconds: float, answer: Any) -> None:
+def _work(shape: dict[str, int], batch_size: int, seconds: float, device: str, answer: Any) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    model = Transformer(**shape)
+    model = Transformer(**shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    data, window = torch.randint(0, VOCABULARY, (100_000,)), shape["context"] + 1
-    offsets = torch.arange(window)
+    data, window = torch.randint(0, VOCABULARY, (100_000,)).to(device), shape["context"] + 1
+    offsets = torch.arange(window, device=device)
 
     def step() -> None:
-        tokens = data[torch.randint(0, len(data) - window, (batch_size, 1)) + offsets]
+        starts = torch.randint(0, len(data) - window, (batch_size, 1), device=device)
+        tokens = data[starts + offsets]
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -76,24 +79,38 @@ def _work(shape: dict[str, int], batch_size: int, seconds: float, answer: Any) -
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    for _ in range(20):
+    answer.send((rate_of(step, seconds, device), peak_memory(device)))
+
+
+def rate_of(step: Callable[[], None], seconds: float, device: str) -> float:
+    """How often per second a step is done, after some to warm up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(_WARM_UP):
         step()
+    wait()
     start, n_steps = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         step()
         n_steps += 1
-    rate = n_steps / (time.perf_counter() - start)
-    answer.send((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    wait()
+    return n_steps / (time.perf_counter() - start)
+
+
+def peak_memory(device: str) -> float:
+    """MiB that this process had at its peak, on the device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def steps_per_second(
-    shape: dict[str, int], batch_size: int, n_processes: int, seconds: float
+    shape: dict[str, int], batch_size: int, n_processes: int, seconds: float, device: str
 ) -> tuple[float, float]:
     """Optimizer steps per second of all processes together, and their peak memory in MiB."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
     processes = [
-        context.Process(target=_work, args=(shape, batch_size, seconds, theirs))
+        context.Process(target=_work, args=(shape, batch_size, seconds, device, theirs))
         for _, theirs in pipes
     ]
     for process in processes:

@@ -1,18 +1,22 @@
 """Optimizer steps per second, beside what a user would write instead, and the limit of the shape.
 
-    python -m benchmarks.population --json FILE
+    python -m benchmarks.population --json FILE [--device cuda]
 
 Sides, in turn, all in one run; medians, and ratios within each round:
 
-- `plain`: ordinary torch modules, one training run per process, no control at all.
+- `single`: ordinary torch modules, one training run in one process, no control at all.
+- `plain`: the same, as many processes as cores.
 - `subproc`: Stable-Baselines3's `SubprocVecEnv` over our environment of one run, random actions.
-- `ours`: our populations in worker processes: signals, probe evaluation, random actions.
-- `ppo`: the same under PPO, learning included.
+- `ours`: our populations: signals, probe evaluation, random actions.
+- `compiled`: the same, its optimizer step fused by `torch.compile`.
+- `ppo`: that under PPO, learning included.
 - `limit`: the batched matrix products of a step of such a population, and nothing else.
 
-One process per core everywhere, with one thread each.
+On a CPU one process per core, with one thread each; on a GPU populations and the `limit` are one
+process and replayed CUDA graphs, and the processes of the others share the GPU.
 """
 
+import gc
 import json
 import statistics
 import tempfile
@@ -20,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +44,8 @@ SHAPES = {
 BATCH_SIZE = 8
 PER_CONTROL_STEP = 10  # optimizer steps
 ENV_ID = "envs:AdaptiveTransformer-v0"
-SIDES = ("plain", "subproc", "ours", "ppo", "limit")
+ALONE = ("single", "plain", "subproc")  # sides that know no populations
+TOGETHER = ("ours", "compiled", "ppo", "limit")
 Figures = tuple[float, float | None]  # optimizer steps per second of all runs; MiB at the peak
 
 
@@ -58,13 +63,17 @@ class Options:
     """Of the transformer: tiny, small, medium."""
     n_runs: tuple[int, ...] = (8, 32)
     """Runs of a population, over all workers."""
-    sides: tuple[str, ...] = SIDES
+    sides: tuple[str, ...] = (*ALONE, *TOGETHER)
     """Which of them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the runs train."""
 
 
-def _options(shape: dict[str, int]) -> dict[str, Any]:
+def _options(shape: dict[str, int], device: str, *, compiled: bool = False) -> dict[str, Any]:
     return {
         **shape,
+        "device": device,
+        "compile": compiled,
         "batch_size": BATCH_SIZE,
         "horizon": 40 * PER_CONTROL_STEP,
         "n_control_steps": 40,
@@ -93,11 +102,22 @@ def _steps_per_second(step: Callable[[], None], n_runs: int, seconds: float) -> 
     return n_runs * n_steps * PER_CONTROL_STEP / (time.perf_counter() - start)
 
 
-def ours(shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
+def _workers(device: str) -> int:
+    return 1 if device == "cuda" else default_workers()
+
+
+def ours(
+    shape: dict[str, int], n_runs: int, seconds: float, device: str, *, compiled: bool
+) -> Figures:
     """Our populations under random actions."""
-    workers = default_workers()
+    workers = _workers(device)
     each = max(1, n_runs // workers)
-    with ShardRow(ENV_ID, each, _options(shape), workers) as row:
+    if device == "cuda":  # what the sides before it left
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    options = _options(shape, device, compiled=compiled)
+    with ShardRow(ENV_ID, each, options, 0 if device == "cuda" else workers) as row:
         row.call("reset", [(i * each,) for i in range(workers)])
         n_knobs = len(row.describe()["knobs"])
         rng = np.random.default_rng(0)
@@ -106,15 +126,18 @@ def ours(shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
             row.call("step", [(rng.uniform(-1, 1, (each, n_knobs)),) for _ in range(workers)])
 
         rate = _steps_per_second(step, each * workers, seconds)
+        if device == "cuda":
+            return rate, plain.peak_memory(device)
         return rate, _peak_memory([worker.process.pid or 0 for worker in row._workers])
 
 
-def subproc(shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
+def subproc(shape: dict[str, int], seconds: float, device: str) -> Figures:
     """Stable-Baselines3's way: a process and an environment of its own for each run."""
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
     workers = default_workers()
-    env = SubprocVecEnv([_Single(shape) for _ in range(workers)], start_method="spawn")
+    options = _options(shape, device)
+    env = SubprocVecEnv([_Single(options) for _ in range(workers)], start_method="spawn")
     env.reset()
     rng = np.random.default_rng(0)
     n_knobs = env.action_space.shape[0]  # type: ignore[index]
@@ -129,23 +152,27 @@ def subproc(shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
 class _Single:
     """Makes an environment of one run, in the process where it is called."""
 
-    def __init__(self, shape: dict[str, int]) -> None:
-        self.shape = shape
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
 
     def __call__(self) -> Any:
         import gymnasium
 
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        return gymnasium.make(ENV_ID, **_options(self.shape))
+        return gymnasium.make(ENV_ID, **self.options)
 
 
-def ppo(shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
+def ppo(shape: dict[str, int], n_runs: int, device: str) -> Figures:
     """Our populations under PPO, from the first control step to the last of the third update."""
-    workers, n_steps = default_workers(), 20
+    workers, n_steps = _workers(device), 20
     each = max(1, n_runs // workers)
     config = TrainConfig(
-        environment=EnvironmentConfig(options=_options(shape), n_envs=each, n_workers=workers),
+        environment=EnvironmentConfig(
+            options=_options(shape, device, compiled=True),
+            n_envs=each,
+            n_workers=0 if device == "cuda" else workers,
+        ),
         ppo=PPOConfig(
             total_timesteps=3 * each * workers * n_steps,
             n_steps=n_steps,
@@ -165,49 +192,70 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def measure(side: str, shape: dict[str, int], n_runs: int, seconds: float) -> Figures:
-    """One side once."""
-    workers = default_workers()
-    if side == "plain":
-        return plain.steps_per_second(shape, BATCH_SIZE, workers, seconds)
-    if side == "limit":
-        each = max(1, n_runs // workers)
-        return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds)
-    return {"ours": ours, "subproc": subproc, "ppo": ppo}[side](shape, n_runs, seconds)
+def measure_alone(side: str, shape: dict[str, int], options: Options) -> Figures:
+    """A side that knows no populations, once."""
+    if side == "subproc":
+        return subproc(shape, options.seconds, options.device)
+    n_processes = 1 if side == "single" else default_workers()
+    return plain.steps_per_second(shape, BATCH_SIZE, n_processes, options.seconds, options.device)
 
 
-def compare(shape: dict[str, int], n_runs: int, options: Options) -> dict[str, Any]:
-    """All sides in turn, and the ratios of `ours` and `ppo` to the others within a round."""
-    rounds = [
-        {side: measure(side, shape, n_runs, options.seconds) for side in options.sides}
-        for _ in range(options.rounds)
-    ]
-    report: dict[str, Any] = {"n_runs": n_runs, "steps_per_second": {}, "peak_mib": {}, "ratio": {}}
-    for side in options.sides:
-        report["steps_per_second"][side] = statistics.median(each[side][0] for each in rounds)
-        report["peak_mib"][side] = rounds[-1][side][1]
-    for side in ("ours", "ppo"):
-        for other in options.sides:
-            if side in options.sides and other != side:
-                report["ratio"][f"{side} / {other}"] = statistics.median(
-                    each[side][0] / each[other][0] for each in rounds
-                )
-    return report
+def measure_together(side: str, shape: dict[str, int], n_runs: int, options: Options) -> Figures:
+    """A side with a population, once."""
+    device, seconds = options.device, options.seconds
+    if side in ("ours", "compiled"):
+        return ours(shape, n_runs, seconds, device, compiled=side == "compiled")
+    if side == "ppo":
+        return ppo(shape, n_runs, device)
+    workers = _workers(device)
+    each = max(1, n_runs // workers)
+    return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds, device)
+
+
+def compare(shape: dict[str, int], options: Options) -> list[dict[str, Any]]:
+    """All sides in turn; for each population the rates, and the ratios within a round."""
+    alone = [side for side in ALONE if side in options.sides]
+    together = [side for side in TOGETHER if side in options.sides]
+    rounds: dict[int, list[dict[str, Figures]]] = {n: [] for n in options.n_runs}
+    for _ in range(options.rounds):
+        figures = {side: measure_alone(side, shape, options) for side in alone}
+        for n, of_n in rounds.items():
+            with_n = {side: measure_together(side, shape, n, options) for side in together}
+            of_n.append(figures | with_n)
+    return [_summary(n, of_n) for n, of_n in rounds.items()]
+
+
+def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
+    sides = list(rounds[0])
+    rates = {side: statistics.median(each[side][0] for each in rounds) for side in sides}
+    ratios = {
+        f"{side} / {other}": statistics.median(each[side][0] / each[other][0] for each in rounds)
+        for side in ("ours", "compiled", "ppo")
+        for other in sides
+        if side in sides and other != side
+    }
+    memory = {side: rounds[-1][side][1] for side in sides}
+    return {"n_runs": n_runs, "steps_per_second": rates, "peak_mib": memory, "ratio": ratios}
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    torch.set_num_threads(1)
-    report: dict[str, Any] = {"batch_size": BATCH_SIZE, "shapes": {}}
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    report: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "shapes": {},
+        "machine": machine(options.device),
+        "commit": commit(),
+    }
     for name in options.shapes:
-        rows = [compare(SHAPES[name], n, options) for n in options.n_runs]
+        rows = compare(SHAPES[name], options)
         report["shapes"][name] = {"shape": SHAPES[name], "populations": rows}
         for row in rows:
             rates = "  ".join(f"{k} {v:.0f}" for k, v in row["steps_per_second"].items())
             print(f"{name:7s} {row['n_runs']:3d} runs: {rates} optimizer steps/s")
-            print("  " + "  ".join(f"{k} {v:.2f}" for k, v in row["ratio"].items()))
-    report |= {"machine": machine(), "commit": commit()}
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+            print("  " + "  ".join(f"{k} {v:.2f}" for k, v in row["ratio"].items()), flush=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

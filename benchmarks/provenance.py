@@ -1,5 +1,6 @@
 """Where figures come from: the commit and the machine."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,16 +12,18 @@ from metactl.shards import default_workers
 
 
 def commit() -> str:
+    """Of the repository, or what the variable COMMIT says of a copy without one."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    return {"processor": model, "cores": default_workers(), "torch": torch.__version__}
+    about = {"processor": model, "cores": default_workers(), "torch": torch.__version__}
+    return about | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})

@@ -95,7 +95,7 @@ def features(width: float, span: float) -> list[float]:
     reach = min(seq, 2 * (span + config.ramp))
     activations = BATCH * seq * (layers * (30 * d + 8 * 4 * d + 4 * heads * reach) + 8 * 256)
     parameters = 12 * layers * SHAPE["d_model"] ** 2  # the optimizer passes over all of them
-    flops = training_flops(config, width=width, span=span, batch=BATCH, seq=seq)
+    flops = float(training_flops(config, width=width, span=span, batch=BATCH, seq=seq))
     return [flops, 4.0 * (activations + 10 * parameters), 1.0]
 
 

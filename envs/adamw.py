@@ -1,6 +1,8 @@
 """AdamW for many replicas at once, in one flat buffer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,6 +46,9 @@ class ReplicatedAdamW:
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         max_norm: Gradient norm above which a replica's gradient is scaled down.
+        fuse: Compiles the elementwise part of a step; as it is by default.
+
+    Where the model is capturable, or on a GPU, numbers on the device never decide what is computed.
     """
 
     def __init__(
@@ -53,10 +58,12 @@ class ReplicatedAdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         max_norm: float = 1.0,
+        fuse: Callable[..., Any] = lambda function: function,
     ) -> None:
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self._parameters = list(model.parameters())
         n = model.n_replicas
+        self._update = fuse(self._turn_into_step)
         self.values = torch.cat([p.detach().reshape(n, -1) for p in self._parameters], dim=1)
         self._point_parameters_at_values()
         self.moment1 = torch.zeros_like(self.values)
@@ -73,6 +80,7 @@ class ReplicatedAdamW:
         buffers = (self.values, self.moment1, self.moment2, self.gradient)
         self._whole = _Views(*buffers, _stretches(model))
         self._sliced = model.sliced
+        self._may_look = device.type == "cpu" and not model.knobs.capturable
         self._views: dict[int, list[_Views]] = {}
         self._sizes = [p[0].numel() for p in self._parameters]
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
@@ -124,7 +132,7 @@ class ReplicatedAdamW:
         tables = [t.to(self.values) for t in (*tables, rate, rate * weight_decay[:, None])]
         top = self._shared_top(active, tables)
         if top is None:
-            self._turn_into_step(self._whole, *(self._spread(table) for table in tables))
+            self._update(self._whole, *(self._spread(table) for table in tables))
         else:
             for views in self._active_views(top):
                 numbers = (t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in tables)
@@ -152,10 +160,9 @@ class ReplicatedAdamW:
     def _shared_top(self, active: Tensor, tables: list[Tensor]) -> int | None:
         """The level up to which all replicas take part, where one number does for each table.
 
-        Then what is inactive need not be touched. Looked for on a CPU only: elsewhere it would
-        wait for the device.
+        Then what is inactive need not be touched.
         """
-        if not self._sliced or active.device.type != "cpu" or bool(active.all()):
+        if not self._sliced or not self._may_look or bool(active.all()):
             return None
         n_active = int(active[0].sum())
         alike = all(bool((t[:, :n_active] == t[:, :1]).all()) for t in tables)
@@ -190,10 +197,9 @@ class ReplicatedAdamW:
     def _spread(self, table: Tensor) -> Tensor:
         """`[replica, level]` over the parameters, `[replica, n_params]`.
 
-        Where all levels have the same value, one column stands for all (told apart on a CPU only:
-        elsewhere it would wait for the device).
+        Where all levels have the same value, one column stands for all.
         """
-        if table.device.type == "cpu" and bool((table == table[:, :1]).all()):
+        if self._may_look and bool((table == table[:, :1]).all()):
             return table[:, :1]
         return table.index_select(1, self._level)
 

@@ -1,7 +1,8 @@
 """Adaptive transformers that learn: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
 from envs.disturbances import Disturbances
+from envs.graph import fused, recorder
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.reader import Reader
 from envs.run_config import RunConfig, as_range
@@ -19,6 +21,7 @@ from metactl.config import parse
 from metactl.knobs import Knob
 from metactl.run import DISTURBED, FloatArray, Measurement, TrainingRun
 from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, training_flops
+from models.device import brought
 
 _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
@@ -39,24 +42,41 @@ class AdaptiveTransformerRun(TrainingRun):
     Args:
         config: The recipe.
         n_runs: Replicas advanced in one tensor program.
+        capturable: Whether that program is the same at every step, whatever the knobs are; where it
+            is compiled or a CUDA graph, by default.
     """
 
-    def __init__(self, config: RunConfig, n_runs: int) -> None:
+    def __init__(self, config: RunConfig, n_runs: int, *, capturable: bool | None = None) -> None:
         self.config, self.n_runs = config, n_runs
-        self.horizon = config.horizon_range[0]
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        shape = config.transformer()
-        self.model = AdaptiveTransformer(shape, n_runs, device=self.device, dtype=self.dtype)
+        graphs = self.device.type == "cuda" and config.cuda_graph and not config.disturb
+        same = graphs or config.compiles
+        self.model = AdaptiveTransformer(
+            config.transformer(),
+            n_runs,
+            device=self.device,
+            dtype=self.dtype,
+            capturable=same if capturable is None else capturable,
+        )
+        if same:
+            self.model.reserve_noise(config.batch_size * config.context)
+        fuse = fused if config.compiles else _as_it_is
         self.optimizer = ReplicatedAdamW(
-            self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm
+            self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm, fuse=fuse
         )
         self.family = build_family(config.task, config.data, config.context, config.unique_bytes)
         self._reader = Reader(self.family, config.context, self.device)
         self.disturbances = Disturbances(config.disturbances, config.disturb, n_runs, self.device)
         self._knobs = config.chosen_knobs()
         self._allocate_rows()
+        self._budget = torch.ones((), dtype=torch.float64, device=self.device)
         self.draw_horizon(0)
+        self._starts, self._training_loss = fuse(self._batch), fuse(self._loss_under_noise)
+        record = recorder(tuple(self._state().values())) if graphs else _as_it_is
+        self._step = record(partial(self._optimizer_step, measure=False))
+        self._measured_step = record(partial(self._optimizer_step, measure=True))
+        self._probe = record(fuse(partial(self._losses, "probe")))
 
     def _allocate_rows(self) -> None:
         def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -86,6 +106,15 @@ class AdaptiveTransformerRun(TrainingRun):
     @property
     def knobs(self) -> Sequence[Knob]:
         return self._knobs
+
+    @property
+    def horizon(self) -> int:
+        return self._horizon
+
+    @horizon.setter
+    def horizon(self, n_steps: int) -> None:
+        self._horizon = n_steps
+        self._budget.fill_(n_steps)
 
     def sample_task(self, seed: int, split: str = "meta_train") -> Task:
         return self.family.sample(seed, split)
@@ -130,80 +159,66 @@ class AdaptiveTransformerRun(TrainingRun):
             value = torch.as_tensor(getattr(task, name), device=self.device)
             self._rows[when + name][row] = value
 
-    def _set_knobs(self, values: Mapping[str, Any], rows: Sequence[int]) -> None:
+    def _set_knobs(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
+        index = slice(None) if rows is None else list(rows)
         for name in set(OPTIMIZER_KNOBS) & set(values):
-            value = torch.as_tensor(values[name], dtype=torch.float64, device=self.device)
-            self._rows[name][list(rows)] = value
+            value = torch.as_tensor(values[name], dtype=torch.float64)
+            self._rows[name][index] = brought(value, self.device)
         rest = {name: v for name, v in values.items() if name not in OPTIMIZER_KNOBS}
         self.model.set_knobs(rest, rows)
 
     def apply(self, values: Mapping[str, FloatArray]) -> None:
-        self._set_knobs(values, range(self.n_runs))
-        self.model.knobs.settle_gates(
-            np.flatnonzero(self._rows["step"].cpu().numpy() == 0).tolist()
-        )
+        self._set_knobs(values)
+        self.model.knobs.settle_gates(self._rows["step"] == 0)
 
     def advance(self, n_steps: int) -> Measurement:
-        losses, norms = [], []
-        ratios: Tensor | None = None
-        flops = torch.from_numpy(self.cost()).to(self.device)
+        cost, seen, ratios = self._cost(), [], []
         for i in range(n_steps):
             self.model.knobs.step_gates(1 / n_steps)
-            loss, norm, ratios = self._optimizer_step(measure=i == n_steps - 1)
-            losses.append(loss)
-            norms.append(norm)
-        self._rows["flops"] += n_steps * flops
-        loss, norm = torch.stack(losses).double(), torch.stack(norms).double()
-        assert ratios is not None
-        finite = torch.isfinite(loss).all(0) & torch.isfinite(norm).all(0)
+            step = self._measured_step if i == n_steps - 1 else self._step
+            loss, norm, *ratios = step()
+            seen.append(torch.stack((loss, norm.to(loss))))  # a copy: the next step writes there
+        self._rows["flops"] += n_steps * cost
+        every = torch.stack(seen).double()  # [step, loss or norm, replica]
+        finite = torch.isfinite(every).all(0).all(0)
         finite &= torch.isfinite(self.optimizer.values).all(1)
         self._rows["diverged"] |= ~finite
-        probe = self.evaluate("probe")
-        packed = torch.stack(
-            (
-                loss.mean(0),
-                loss.std(0, unbiased=False),
-                norm.mean(0),
-                ratios.double().median(1).values,
-                ratios.double().amax(1),
-                self._rows["flops"],
-                self._rows["diverged"].double(),
-                self._rows["step"].double(),
-                self._rows["train_tokens"].double(),
-            )
-        )
-        mean, std, norm_mean, ratio, ratio_max, spent, diverged, step, unique = packed.cpu().numpy()
+        names = ("diverged", "step", "train_tokens", "flops")
+        on_device = {
+            **{name: self._rows[name] for name in names},
+            "train_loss": every[:, 0].mean(0),
+            "train_loss_std": every[:, 0].std(0, unbiased=False),
+            "probe_loss": self._probe()[0],
+            "gradient_norm": every[:, 1].mean(0),
+            "update_ratio_median": ratios[0],
+            "update_ratio_max": ratios[1],
+            "relative_cost": cost / self._default_cost(),
+        }
+        packed = torch.stack([tensor.double() for tensor in on_device.values()])
+        here = dict(zip(on_device, packed.cpu().numpy(), strict=True))
+        tokens_per_step = self.config.batch_size * self.config.context
         return Measurement(
-            train_loss=mean,
-            train_loss_std=std,
-            probe_loss=probe,
-            gradient_norm=norm_mean,
-            update_ratio_median=ratio,
-            update_ratio_max=ratio_max,
-            diverged=diverged.astype(bool) | ~np.isfinite(probe),
-            tokens_seen=step * self.config.batch_size * self.config.context,
-            unique_tokens=unique,
+            diverged=here.pop("diverged").astype(bool) | ~np.isfinite(here["probe_loss"]),
+            tokens_seen=here.pop("step") * tokens_per_step,
+            unique_tokens=here.pop("train_tokens"),
             n_parameters=np.full(self.n_runs, float(self.model.count_parameters())),
-            flops=spent,
-            relative_cost=self.cost() / self._default_cost(),
             internal={DISTURBED: self.disturbances.befallen(self._rows["step"])}
             if self.config.disturb
             else {},
+            **here,
         )
 
-    def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, ...]:
+        """Losses and gradient norms; with `measure` median and largest update ratio, too."""
         rows = self._rows
         if self.config.disturb:
             self._befall()
-        tokens, counted = self._reader.read(self._batch())
+        tokens, counted = self._reader.read(self._starts())
         targets = tokens[..., 1:]
         if self.config.disturb:
             vocabulary = self.family.vocabulary
             targets = self.disturbances.spoil(targets, rows["step"], rows["seed"], vocabulary)
-        logits = self.model(
-            tokens[..., :-1], Noise(rows["seed"] ^ (_NOISE_STREAM << 56), rows["step"])
-        )
-        loss = cross_entropy(logits, targets, counted)
+        loss = self._training_loss(tokens[..., :-1], targets, counted)
         (loss.sum() + self.model.penalty().sum()).backward()
         norm, ratios = self.optimizer.step(
             self._learning_rate(),
@@ -212,7 +227,13 @@ class AdaptiveTransformerRun(TrainingRun):
             measure=measure,
         )
         rows["step"] += 1
-        return loss.detach(), norm, ratios
+        if ratios is None:
+            return loss.detach(), norm
+        return loss.detach(), norm, ratios.double().median(1).values, ratios.double().amax(1)
+
+    def _loss_under_noise(self, tokens: Tensor, targets: Tensor, counted: Tensor | None) -> Tensor:
+        noise = Noise(self._rows["seed"] ^ (_NOISE_STREAM << 56), self._rows["step"])
+        return cross_entropy(self.model(tokens, noise), targets, counted)
 
     def _batch(self) -> Tensor:
         """Where the sequences of the next step begin, by each run's seed and step."""
@@ -239,33 +260,40 @@ class AdaptiveTransformerRun(TrainingRun):
     def _learning_rate(self) -> Tensor:
         """Linear warm-up, then cosine decay to `final_learning_rate` of the peak; multiplied."""
         config = self.config
-        progress = self._rows["step"].double() / self.horizon
-        warm = ((self._rows["step"] + 1) / max(1.0, config.warmup * self.horizon)).clamp(max=1)
+        progress = self._rows["step"].double() / self._budget
+        warm_up = (config.warmup * self._budget).clamp(min=1.0)
+        warm = ((self._rows["step"] + 1) / warm_up.float()).clamp(max=1)
         phase = ((progress - config.warmup) / (1 - config.warmup)).clamp(0, 1)
         low = config.final_learning_rate
         decay = low + (1 - low) * (1 + torch.cos(math.pi * phase)) / 2
         rate = self._rows["peak"] * self._rows["learning_rate_multiplier"] * warm * decay
         return rate * self.disturbances.rate(self._rows["step"]) if config.disturb else rate
 
-    @torch.no_grad()
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
         if split not in ("probe", "test"):
             raise ValueError(f"Unknown split {split!r}. Known: probe, test")
+        losses = self._probe() if split == "probe" else self._losses(split)
+        return losses[0].cpu().numpy()[slice(None) if rows is None else list(rows)]
+
+    @torch.no_grad()
+    def _losses(self, split: str) -> tuple[Tensor]:
         tokens, counted = self._reader.read(self._rows[split])
-        loss = cross_entropy(self.model(tokens[..., :-1]), tokens[..., 1:], counted).double()
-        return loss.cpu().numpy()[slice(None) if rows is None else list(rows)]
+        loss = cross_entropy(self.model(tokens[..., :-1]), tokens[..., 1:], counted)
+        return (loss.double(),)
 
     # What it costs, and what there is to keep ------------------------------------------------
 
     def cost(self) -> FloatArray:
-        values = {name: value.tolist() for name, value in self.model.knobs.values().items()}
-        pairs = zip(values["embedding_width"], values["attention_span"], strict=True)
-        return np.array([self._flops(width, span) for width, span in pairs])
+        return self._cost().cpu().numpy()
+
+    def _cost(self) -> Tensor:
+        values = self.model.knobs.values()
+        return self._flops(values["embedding_width"], values["attention_span"])
 
     def _default_cost(self) -> float:
-        return self._flops(1.0, float(self.config.context))
+        return float(self._flops(1.0, float(self.config.context)))
 
-    def _flops(self, width: float, span: float) -> float:
+    def _flops(self, width: float | Tensor, span: float | Tensor) -> Tensor:
         return training_flops(
             self.model.config,
             width=width,
@@ -315,3 +343,7 @@ def _drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
     """A run's own number of a range, log-uniform by its seed."""
     low, high = as_range(value)
     return float(low * (high / low) ** np.random.default_rng([seed, stream]).uniform())
+
+
+def _as_it_is(compute: Callable[..., Any]) -> Callable[..., Any]:
+    return compute

@@ -237,15 +237,15 @@ def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.B
     return observation, action
 
 
-def _info(step: Step, row: int) -> dict[str, Any]:
-    """What one run showed; never the test loss."""
+def _shown(step: Step) -> dict[str, np.ndarray]:
+    """What the runs showed, `[n_runs]` by name; never the test loss."""
     measured = {
-        name: float(value[row])
+        name: value.astype(np.float64)
         for name, value in step.measurement.arrays().items()
         if value is not None and name != "diverged"
     }
-    knobs = {f"knob/{name}": float(value[row]) for name, value in step.values.items()}
-    return {**measured, **knobs, "diverged": bool(step.measurement.diverged[row])}
+    knobs = {f"knob/{name}": value.astype(np.float64) for name, value in step.values.items()}
+    return {**measured, **knobs, "diverged": step.measurement.diverged.astype(bool)}
 
 
 class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -297,7 +297,7 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             float(step.reward[0]),
             bool(step.terminated[0]),
             False,
-            _info(step, 0),
+            {name: value[0].item() for name, value in _shown(step).items()},
         )
 
     def close(self) -> None:
@@ -359,8 +359,8 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         step = self.loop.step(actions)
         infos: dict[str, Any] = {}
-        for row in range(self.num_envs):
-            infos = self._add_info(infos, _info(step, row), row)
+        for name, value in _shown(step).items():
+            infos |= {name: value, f"_{name}": np.ones(self.num_envs, dtype=bool)}
         observation = step.observation
         ended = np.flatnonzero(step.terminated).tolist()
         if ended:

@@ -99,16 +99,13 @@ class ShardVecEnv(VecEnv):
     def _per_run(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
         """SB3 wants one dictionary per run, and the last observation of those that ended."""
         ended = infos.get("_final_obs", np.zeros(self.shards.n_envs, dtype=bool))
-        measured = {key: value for key, value in infos.items() if not key.startswith("_")}
-        final = measured.pop("final_obs", None)
-        measured.pop("final_info", None)
-        rows = []
-        for i in range(self.shards.n_envs):
-            row = {key: value[i] for key, value in measured.items()}
-            if ended[i]:
-                row["terminal_observation"] = final[i]
-                row["TimeLimit.truncated"] = False
-            rows.append(row)
+        apart = ("final_obs", "final_info")
+        names = [key for key in infos if not key.startswith("_") and key not in apart]
+        columns = [infos[name].tolist() for name in names]
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        for i in np.flatnonzero(ended):
+            rows[i]["terminal_observation"] = infos["final_obs"][i]
+            rows[i]["TimeLimit.truncated"] = False
         return rows
 
     def close(self) -> None:

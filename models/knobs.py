@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.attention import causal_distance, span_log_weight
 from models.config import TransformerConfig
+from models.device import brought
 from models.width import level_of_channel, nearest_level, stepped_gates
 
 KNOB_NAMES = (
@@ -36,6 +37,7 @@ class Knobs(nn.Module):
         device: Where the values live.
         dtype: Type of the model's parameters.
         sliced: Whether all replicas must share width and span.
+        capturable: Whether what is computed must not depend on the values, only what comes out.
         base_shape: Shape of one replica's bases: none, per layer, or per layer and head.
 
     Attributes:
@@ -51,6 +53,7 @@ class Knobs(nn.Module):
     rotation_strength: Tensor
     orthogonality_weight: Tensor
     span_bias: Tensor
+    widths: Tensor
     channel_level: Tensor
     head_channel_level: Tensor
     hidden_level: Tensor
@@ -63,10 +66,12 @@ class Knobs(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype,
         sliced: bool,
+        capturable: bool = False,
         base_shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.config, self.n_replicas, self.sliced = config, n_replicas, sliced
+        self.capturable = capturable
         self.version = 0
         levels, n = config.width_levels, n_replicas
         precise = torch.float64 if dtype == torch.float64 else torch.float32
@@ -82,6 +87,8 @@ class Knobs(nn.Module):
         self.register_buffer("position_scale", full(1.0))
         self.register_buffer("rotation_strength", full(1.0))
         self.register_buffer("orthogonality_weight", full(config.rotary.orthogonality_weight))
+        widths = torch.tensor(levels, device=device)
+        self.register_buffer("widths", widths, persistent=False)
         for name, size in (
             ("channel_level", config.d_model),
             ("head_channel_level", config.d_model),
@@ -111,14 +118,19 @@ class Knobs(nn.Module):
 
     def assign(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets values in place; see `AdaptiveTransformer.set_knobs`."""
-        chosen = range(self.n_replicas) if rows is None else rows
-        index = torch.tensor(list(chosen), device=self.log_base.device, dtype=torch.int64)
+        index = torch.tensor(
+            list(range(self.n_replicas) if rows is None else rows), dtype=torch.int64
+        )
         stored: dict[str, Tensor] = {}
-        for name, value in values.items():  # all are checked before any is written
-            tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device=index.device)
+        for name, value in values.items():  # on the CPU, and all before any is written
+            tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device="cpu")
             stored |= self._stored(name, self._per_row(name, tensor, len(index)), index)
+        device = self.gates.device
         for buffer, value in stored.items():
-            getattr(self, buffer)[index] = value
+            if rows is None:
+                getattr(self, buffer).copy_(brought(value, device))
+            else:
+                getattr(self, buffer)[brought(index, device)] = brought(value, device)
         self.refresh(set(values))
 
     def _per_row(self, name: str, value: Tensor, n_rows: int) -> Tensor:
@@ -145,16 +157,16 @@ class Knobs(nn.Module):
         elif name == "embedding_width":
             stored = nearest_level(value, self.config.width_levels)
         if self.sliced and buffer in ("attention_span", "width_level"):
-            _require_shared(name, getattr(self, buffer).index_copy(0, index, stored).tolist())
+            moved = getattr(self, buffer).cpu().index_copy(0, index, stored)
+            _require_shared(name, moved.tolist())
         return {buffer: stored}
 
     def values(self) -> dict[str, Tensor]:
         """Values in force, each `[n_replicas]` (bases may have a layer and a head dimension)."""
-        levels = torch.tensor(self.config.width_levels, device=self.gates.device)
         return {
             "rope_base": self.log_base.exp(),
             "attention_span": self.attention_span.clone(),
-            "embedding_width": levels[self.width_level],
+            "embedding_width": self.widths[self.width_level],
             "dropout": self.dropout.clone(),
             "position_scale": self.position_scale.clone(),
             "rotation_strength": self.rotation_strength.clone(),
@@ -167,10 +179,20 @@ class Knobs(nn.Module):
             self.gates.copy_(stepped_gates(self.gates, self.width_level, rate))
             self.refresh({"embedding_width"})
 
-    def settle_gates(self, rows: list[int]) -> None:
-        """Opens and closes the gates of some replicas at once, as at the start of a run."""
-        if self.gates_moving and rows:
-            self.gates[rows] = stepped_gates(self.gates[rows], self.width_level[rows], 1.0)
+    def settle_gates(self, rows: Sequence[int] | Tensor) -> None:
+        """Opens and closes the gates of some replicas at once, as at the start of a run.
+
+        Args:
+            rows: Which, or a mask `[n_replicas]`.
+        """
+        if self.gates_moving:
+            chosen = rows
+            if not isinstance(chosen, Tensor):
+                chosen = torch.zeros(self.n_replicas, dtype=torch.bool)
+                chosen[list(rows)] = True
+            settled = stepped_gates(self.gates, self.width_level, 1.0)
+            chosen = chosen.to(settled.device)[:, None]
+            self.gates.copy_(torch.where(chosen, settled, self.gates))
             self.refresh({"embedding_width"})
 
     def storage(self, knobs: Sequence[str] = KNOB_NAMES) -> dict[str, Tensor]:
@@ -196,7 +218,7 @@ class Knobs(nn.Module):
         if moved is None or "embedding_width" in moved:
             self._refresh_gates()
         if moved is None or "dropout" in moved:
-            self.dropout_on = bool((self.dropout > 0).any())
+            self.dropout_on = self.capturable or bool((self.dropout > 0).any())
 
     def _refresh_span(self) -> None:
         if self.sliced:
@@ -219,6 +241,9 @@ class Knobs(nn.Module):
 
     def _refresh_gates(self) -> None:
         gates = self.gates
+        if self.capturable:
+            self.gates_moving, self.all_open = True, False
+            return
         target = torch.arange(gates.shape[1], device=gates.device) <= self.width_level[:, None]
         self.gates_moving = bool((gates != target).any())
         self.all_open = bool((gates == 1).all())

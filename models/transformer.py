@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from models.cache import KeyValueCache
 from models.config import TransformerConfig
+from models.device import brought
 from models.generation import generate
 from models.knobs import Knobs
 from models.layers import Pass, attention, drop, feed_forward, normalise
@@ -36,6 +38,8 @@ class AdaptiveTransformer(nn.Module):
         device: Where parameters live.
         dtype: Parameter type; float64 for tests.
         sliced: `True` or `False` to force an execution, `None` to slice when `n_replicas == 1`.
+        capturable: Compute the same whatever the knobs are, and never wait for the device: what a
+            CUDA graph needs. For masked execution.
 
     Example:
         >>> model = AdaptiveTransformer(TransformerConfig(d_model=16, n_heads=4), n_replicas=3)
@@ -57,13 +61,16 @@ class AdaptiveTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         sliced: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__()
         if n_replicas < 1:
             raise ValueError(f"n_replicas must be at least 1, got {n_replicas}")
         self.config = config
         self.n_replicas = n_replicas
-        self.sliced = n_replicas == 1 if sliced is None else sliced
+        self.sliced = n_replicas == 1 and not capturable if sliced is None else sliced
+        if self.sliced and capturable:
+            raise ValueError("Sliced execution depends on the knobs, so it is not capturable")
         rotation = self._build_rotation(device, dtype)
         self.knobs = Knobs(
             config,
@@ -71,6 +78,7 @@ class AdaptiveTransformer(nn.Module):
             device=device,
             dtype=dtype,
             sliced=self.sliced,
+            capturable=capturable,
             base_shape=rotation.base_shape(),
         )
         d, hidden, n = config.d_model, config.hidden_units, n_replicas
@@ -140,22 +148,27 @@ class AdaptiveTransformer(nn.Module):
     def initialise(self, rows: list[int], seeds: list[int]) -> None:
         """Draws fresh parameters for some replicas, each from its own seed.
 
-        Weights are normal with deviation 1/sqrt(fan in), projections back into the residual
-        stream smaller by 1/sqrt(2 n_layers); norms are one (GPT-2's scheme).
+        GPT-2's scheme: normal with deviation 1/sqrt(fan in), projections back into the residual
+        stream smaller by 1/sqrt(2 n_layers); norms are one.
         """
+        own = dict(self._own_parameters())
         residual = 1 / math.sqrt(2 * self.config.n_layers)
-        for row, seed in zip(rows, seeds, strict=True):
-            generator = torch.Generator().manual_seed(seed)
-            for name, parameter in self._own_parameters():
-                leaf = name.rsplit(".", 1)[-1]
-                if leaf.endswith("norm"):
-                    parameter[row].fill_(1.0)
-                    continue
-                shape = parameter.shape[1:]
-                std = 1.0 if leaf == "embedding" else 1 / math.sqrt(shape[0])
-                std *= residual if leaf in ("attention_out", "ffn_out") else 1.0
-                draw = torch.randn(shape, generator=generator, dtype=torch.float64) * std
-                parameter[row].copy_(draw)
+
+        def draw(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
+            leaf, shape = name.rsplit(".", 1)[-1], parameter.shape[1:]
+            if leaf.endswith("norm"):
+                return torch.ones(shape, dtype=parameter.dtype)
+            std = 1.0 if leaf == "embedding" else 1 / math.sqrt(shape[0])
+            std *= residual if leaf in ("attention_out", "ffn_out") else 1.0
+            normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return (normal * std).to(parameter.dtype)
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            replicas = pool.map(lambda g: [draw(g, *each) for each in own.items()], generators)
+        for parameter, drawn in zip(own.values(), zip(*replicas, strict=True), strict=False):
+            parameter[rows] = brought(torch.stack(drawn), parameter.device)
+        for row, generator in zip(rows, generators, strict=True):
             self.rotation.initialise(row, generator)
 
     @torch.no_grad()
@@ -238,6 +251,7 @@ class AdaptiveTransformer(nn.Module):
             device=self.embedding.device,
             dtype=self.embedding.dtype,
             sliced=self.sliced,
+            capturable=self.knobs.capturable,
         )
         for name, parameter in small.named_parameters():
             parameter.copy_(kept[name])
@@ -364,14 +378,17 @@ class AdaptiveTransformer(nn.Module):
             cache=cache,
         )
 
-    def _keep_masks(self, n_tokens: int, noise: Noise, d: int) -> list[Tensor]:
+    def reserve_noise(self, n_tokens: int) -> NoisePool:
+        """Where the dropout noise for so many tokens of a replica comes from; made once."""
         window = n_tokens * self.config.d_model
         if self._pool is None or self._pool.window != window:
             self._pool = NoisePool(window, device=self.embedding.device)
+        return self._pool
+
+    def _keep_masks(self, n_tokens: int, noise: Noise, d: int) -> list[Tensor]:
         n_places = 1 + 2 * self.config.n_layers
-        raw = self._pool.read(noise, n_places)
-        raw = raw.view(self.n_replicas, n_places, n_tokens, self.config.d_model)[..., :d]
-        masks = keep_mask(raw, self.knobs.dropout, self.embedding.dtype)
+        raw = self.reserve_noise(n_tokens).read(noise, n_places).unflatten(2, (n_tokens, -1))
+        masks = keep_mask(raw[..., :d], self.knobs.dropout, self.embedding.dtype)
         return list(reversed(masks.unbind(1)))
 
     def _embed(self, tokens: Tensor, state: Pass) -> Tensor:

@@ -1,5 +1,6 @@
 """One learned matrix per head, orthogonally initialised, in four parametrisations."""
 
+import functools
 import math
 
 import torch
@@ -10,9 +11,16 @@ from models.rotary.component import Component, Shape, draw
 from models.rotary.pairs import at_least_float32
 
 _TAYLOR_8 = {torch.float32: (0.58, 4.0), torch.float64: (0.0499, 8.0)}  # norm, usual squarings
-_BLOCKS = torch.tensor([1 / math.factorial(k) for k in range(9)], dtype=torch.float64).view(3, 3)
+_MOST_SQUARINGS = 20  # norms up to 6e5 in float32, 5e4 in float64
 
 PARAMETRISATIONS = ("free", "cayley", "exp", "householder")
+
+
+@functools.cache
+def _blocks(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Taylor's coefficients of the exponential, a row for each cube of the argument."""
+    inverse = [1 / math.factorial(k) for k in range(9)]
+    return torch.tensor(inverse, dtype=dtype, device=device).view(3, 3)
 
 
 def skew(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
@@ -25,13 +33,13 @@ def cayley(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim
     """(I + A)^-1 (I - A): every rotation without an eigenvalue of -1."""
     a = skew(weight)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    return torch.linalg.solve(eye + a, eye - a)
+    return torch.linalg.solve_ex(eye + a, eye - a).result  # I + A is never singular
 
 
 def exponential(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
     """exp(A): every rotation."""
     a = skew(weight)
-    if a.is_cuda or torch.compiler.is_compiling():  # how often to square is read off the numbers
+    if torch.compiler.is_compiling():  # how often to square is read off the numbers
         return torch.linalg.matrix_exp(a)
     return _scaled_and_squared(a)
 
@@ -41,23 +49,27 @@ def _scaled_and_squared(a: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*b
 
     For many small matrices on a CPU faster than `torch.linalg.matrix_exp`, which sorts them by
     norm. The bounds on the norm are those of arXiv 1710.10989; s depends on the matrix alone, so
-    that its neighbours do not change its last bit.
+    that its neighbours do not change its last bit. On a GPU, where reading it would wait, all are
+    squared `_MOST_SQUARINGS` times or left as they are, and a norm that needs more gives NaN.
     """
     bound, usual = _TAYLOR_8[a.dtype]
     norm = a.detach().abs().sum(dim=-1).amax(dim=-1)
     squarings = (norm / bound).log2().ceil().clamp(min=usual).nan_to_num(usual, usual, usual)
+    most = _MOST_SQUARINGS if a.is_cuda else int(squarings.max())
     dim = a.shape[-1]
     flat = (a * torch.exp2(-squarings)[..., None, None]).reshape(-1, dim, dim)
     squared = torch.bmm(flat, flat)
     eye = torch.eye(dim, dtype=a.dtype, device=a.device).expand_as(flat)
     powers = torch.stack((eye, flat, squared)).view(3, -1)
-    low, middle, high = (_BLOCKS.to(powers) @ powers).view(3, *flat.shape)
+    low, middle, high = (_blocks(powers.dtype, powers.device) @ powers).view(3, *flat.shape)
     cube = torch.bmm(squared, flat)
     result = torch.baddbmm(low, cube, torch.baddbmm(middle, cube, high))
-    for k in range(int(squarings.max())):
+    for k in range(most):
         again = torch.bmm(result, result)
         done = squarings.flatten()[:, None, None] <= k
         result = again if k < usual else torch.where(done, result, again)
+    if a.is_cuda:
+        result = torch.where(squarings.flatten()[:, None, None] <= most, result, torch.nan)
     return result.view(a.shape)
 
 

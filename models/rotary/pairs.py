@@ -33,4 +33,8 @@ def rotate_pairs(
         x: Real channels; computed in float32 at least, returned in their own dtype.
         rotation: Complex `exp(i * angle)`, broadcastable to `x.shape[:-1] + (head_dim / 2,)`.
     """
+    if torch.compiler.is_compiling():  # which fuses real products, but no complex ones
+        a, b = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = torch.view_as_real(rotation).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
     return as_channels(as_pairs(x) * rotation).to(x.dtype)

@@ -122,7 +122,8 @@ class Rotary(nn.Module):
         if factors != (1.0,):
             per_layer = config.base_per == "layer"
             n = shape.n_layers if per_layer else shape.n_heads
-            spread = log_base.new_tensor([factors[i % len(factors)] for i in range(n)]).log()
+            each = [log_base.new_full((1,), factors[i % len(factors)]) for i in range(n)]
+            spread = torch.cat(each).log()
             log_base = log_base + (spread[:, None] if per_layer else spread)
             log_base = log_base.clamp(min=0.0)  # a base below 1 would turn later pairs faster
         channels = config.rotary_channels(shape.head_dim) * (2 if config.polar else 1)
@@ -186,8 +187,9 @@ class Rotary(nn.Module):
             query = F.pad(query, (0, self.n_pairs - turning), value=1.0)
             gain = torch.stack((query, 1 / query), dim=1)[None, None, :, :, None]
         if self.config.scaling == "yarn":
-            root = positions.new_tensor(yarn_temperature(self.config.scaling_factor)) ** 0.5
-            gain = root.view((1,) * 6) if gain is None else gain * root
+            temperature = yarn_temperature(self.config.scaling_factor)
+            root = positions.new_full((1,) * 6, temperature) ** 0.5
+            gain = root if gain is None else gain * root
         if self.learned.key_phase is not None:
             phase = at_least_float32(self.learned.key_phase)[:, :, None]
             query_angle = torch.zeros_like(phase)

@@ -1,0 +1,80 @@
+"""Fusing what a step computes, and recording what a GPU does, to replay it without Python."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WARM_UP = 3  # runs before recording: libraries set themselves up, the allocator settles
+
+Computation = Callable[[], tuple[Tensor, ...]]
+
+
+class Graph:
+    """A computation that is recorded as a CUDA graph when first called, then replayed.
+
+    A replay launches all kernels at once, on the tensors that were there when it was recorded:
+    what changes between calls must be changed in place, and what is computed must depend on
+    numbers on the device only.
+
+    Args:
+        compute: Returns tensors; their contents are good until the next call.
+        state: Tensors that it changes. Warming up leaves them as they were.
+        pool: Handle of the memory shared with other graphs that are not replayed at the same time.
+    """
+
+    def __init__(self, compute: Computation, state: Sequence[Tensor], pool: Any) -> None:
+        self._compute, self._state, self._pool = compute, state, pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._results: tuple[Tensor, ...] = ()
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        self._graph.replay()
+        return self._results
+
+    def _record(self) -> None:
+        device = self._state[0].device
+        kept = [tensor.clone() for tensor in self._state]
+        current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                self._compute()
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+            self._results = self._compute()
+        self._graph = graph
+        with torch.no_grad():
+            for tensor, before in zip(self._state, kept, strict=True):
+                tensor.copy_(before)
+
+
+def has_compiler() -> bool:
+    """Whether the system has what `torch.compile` needs."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+
+
+def fused(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The same computation by `torch.compile`, for shapes that do not change."""
+
+    def own(*arguments: Any) -> Any:
+        return compute(*arguments)
+
+    own.__code__ = own.__code__.replace()  # torch.compile keeps few versions of the same code
+    about_complex = "Torchinductor does not support code generation for complex"
+    warnings.filterwarnings("ignore", message=about_complex)  # tables of turns; nothing to fuse
+    return torch.compile(own, dynamic=False)
+
+
+def recorder(state: Sequence[Tensor]) -> Callable[[Computation], Graph]:
+    """Makes graphs of computations that change the same tensors, one replayed at a time."""
+    return partial(Graph, state=state, pool=torch.cuda.graph_pool_handle())
