@@ -12,11 +12,13 @@ from metactl.shards import default_workers
 
 
 def commit() -> str:
-    """Of the repository, or what the variable COMMIT says of a copy without one."""
+    """What the variable COMMIT says (of a copy that is not checked out), or of the repository."""
+    if named := os.environ.get("COMMIT"):
+        return named
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    return found.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return found.stdout.strip() or "unknown"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -164,7 +164,9 @@ class AdaptiveTransformer(nn.Module):
             return (normal * std).to(parameter.dtype)
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(
+            None if self.embedding.is_cuda else torch.get_num_threads()
+        ) as pool:
             replicas = pool.map(lambda g: [draw(g, *each) for each in own.items()], generators)
         for parameter, drawn in zip(own.values(), zip(*replicas, strict=True), strict=False):
             parameter[rows] = brought(torch.stack(drawn), parameter.device)

@@ -14,7 +14,7 @@ from models.flops import attended_pairs
 @given(seq=st.integers(1, 40), reach=st.one_of(st.integers(1, 60).map(float), st.floats(0.01, 60)))
 def test_attended_pairs_equals_counting_pairs(seq, reach):
     counted = sum(0 <= q - k < reach for q in range(seq) for k in range(seq))
-    assert attended_pairs(seq, reach) == counted
+    assert attended_pairs(seq, torch.tensor(reach, dtype=torch.float64)) == counted
 
 
 @pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
