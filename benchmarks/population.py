@@ -9,7 +9,8 @@ Sides, in turn, all in one run; medians, and ratios within each round:
 - `subproc`: Stable-Baselines3's `SubprocVecEnv` over our environment of one run, random actions.
 - `ours`: our populations: signals, probe evaluation, random actions.
 - `compiled`: the same, its optimizer step fused by `torch.compile`.
-- `ppo`: that under PPO, learning included.
+- `coarse`: that with products at `matmul_precision=medium` (bfloat16, where the machine has it).
+- `ppo`: `compiled` under PPO, learning included.
 - `limit`: the batched matrix products of a step of such a population, and nothing else.
 
 On a CPU one process per core, with one thread each; on a GPU populations and the `limit` are one
@@ -45,7 +46,13 @@ BATCH_SIZE = 8
 PER_CONTROL_STEP = 10  # optimizer steps
 ENV_ID = "envs:AdaptiveTransformer-v0"
 ALONE = ("single", "plain", "subproc")  # sides that know no populations
-TOGETHER = ("ours", "compiled", "ppo", "limit")
+TOGETHER = ("ours", "compiled", "coarse", "ppo", "limit")
+POPULATION = {  # what its options are
+    "ours": {"compile": False},
+    "compiled": {"compile": True},
+    "coarse": {"compile": True, "matmul_precision": "medium"},
+    "ppo": {"compile": True},
+}
 Figures = tuple[float, float | None]  # optimizer steps per second of all runs; MiB at the peak
 
 
@@ -69,11 +76,11 @@ class Options:
     """Where the runs train."""
 
 
-def _options(shape: dict[str, int], device: str, *, compiled: bool = False) -> dict[str, Any]:
+def _options(side: str, shape: dict[str, int], device: str) -> dict[str, Any]:
     return {
         **shape,
+        **POPULATION[side],
         "device": device,
-        "compile": compiled,
         "batch_size": BATCH_SIZE,
         "horizon": 40 * PER_CONTROL_STEP,
         "n_control_steps": 40,
@@ -106,8 +113,8 @@ def _workers(device: str) -> int:
     return 1 if device == "cuda" else default_workers()
 
 
-def ours(
-    shape: dict[str, int], n_runs: int, seconds: float, device: str, *, compiled: bool
+def population(
+    side: str, shape: dict[str, int], n_runs: int, seconds: float, device: str
 ) -> Figures:
     """Our populations under random actions."""
     workers = _workers(device)
@@ -116,7 +123,7 @@ def ours(
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    options = _options(shape, device, compiled=compiled)
+    options = _options(side, shape, device)
     with ShardRow(ENV_ID, each, options, 0 if device == "cuda" else workers) as row:
         row.call("reset", [(i * each,) for i in range(workers)])
         n_knobs = len(row.describe()["knobs"])
@@ -136,7 +143,7 @@ def subproc(shape: dict[str, int], seconds: float, device: str) -> Figures:
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
     workers = default_workers()
-    options = _options(shape, device)
+    options = _options("ours", shape, device)
     env = SubprocVecEnv([_Single(options) for _ in range(workers)], start_method="spawn")
     env.reset()
     rng = np.random.default_rng(0)
@@ -169,7 +176,7 @@ def ppo(shape: dict[str, int], n_runs: int, device: str) -> Figures:
     each = max(1, n_runs // workers)
     config = TrainConfig(
         environment=EnvironmentConfig(
-            options=_options(shape, device, compiled=True),
+            options=_options("ppo", shape, device),
             n_envs=each,
             n_workers=0 if device == "cuda" else workers,
         ),
@@ -204,10 +211,10 @@ def measure_alone(side: str, shape: dict[str, int], options: Options) -> Figures
 def measure_together(side: str, shape: dict[str, int], n_runs: int, options: Options) -> Figures:
     """A side with a population, once."""
     device, seconds = options.device, options.seconds
-    if side in ("ours", "compiled"):
-        return ours(shape, n_runs, seconds, device, compiled=side == "compiled")
     if side == "ppo":
         return ppo(shape, n_runs, device)
+    if side in POPULATION:
+        return population(side, shape, n_runs, seconds, device)
     workers = _workers(device)
     each = max(1, n_runs // workers)
     return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds, device)
@@ -231,7 +238,7 @@ def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
     rates = {side: statistics.median(each[side][0] for each in rounds) for side in sides}
     ratios = {
         f"{side} / {other}": statistics.median(each[side][0] / each[other][0] for each in rounds)
-        for side in ("ours", "compiled", "ppo")
+        for side in POPULATION
         for other in sides
         if side in sides and other != side
     }

@@ -1,9 +1,10 @@
 """Fusing what a step computes, and recording what a GPU does, to replay it without Python."""
 
+import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,17 @@ def fused(compute: Callable[..., Any]) -> Callable[..., Any]:
     about_complex = "Torchinductor does not support code generation for complex"
     warnings.filterwarnings("ignore", message=about_complex)  # tables of turns; nothing to fuse
     return torch.compile(own, dynamic=False)
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """How exact float32 products are for a while; torch's own setting is put back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def recorder(state: Sequence[Tensor]) -> Callable[[Computation], Graph]:

@@ -14,6 +14,8 @@ from envs.tasks import FAMILIES
 from metactl.knobs import Knob, unknown_name
 from models import TransformerConfig
 
+PRECISIONS = ("highest", "high", "medium")
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
@@ -53,6 +55,8 @@ class RunConfig:
         compile: Fuse the optimizer step by `torch.compile`: up to a minute at the start of every
             worker (less where it was compiled before), then faster steps. By default on a GPU where
             there is a C++ compiler.
+        matmul_precision: `"highest"`, `"high"` (TF32 on a GPU) or `"medium"` (bfloat16 on a CPU
+            that has it): coarser and faster products while training, by torch's names.
         dtype: `"float32"`, or `"float64"` for exact comparisons.
     """
 
@@ -81,6 +85,7 @@ class RunConfig:
     device: str = "cpu"
     cuda_graph: bool = True
     compile: bool | None = None
+    matmul_precision: str = "highest"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -126,6 +131,8 @@ class RunConfig:
             raise ValueError(
                 "compile needs a C++ compiler (CXX, g++ or clang++), and none is found"
             )
+        if self.matmul_precision not in PRECISIONS:
+            raise ValueError(unknown_name("matmul_precision", self.matmul_precision, PRECISIONS))
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
 from envs.disturbances import Disturbances
-from envs.graph import fused, recorder
+from envs.graph import fused, matmul_precision, recorder
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.reader import Reader
 from envs.run_config import RunConfig, as_range
@@ -176,7 +176,8 @@ class AdaptiveTransformerRun(TrainingRun):
         for i in range(n_steps):
             self.model.knobs.step_gates(1 / n_steps)
             step = self._measured_step if i == n_steps - 1 else self._step
-            loss, norm, *ratios = step()
+            with matmul_precision(self.config.matmul_precision):
+                loss, norm, *ratios = step()
             seen.append(torch.stack((loss, norm.to(loss))))  # a copy: the next step writes there
         self._rows["flops"] += n_steps * cost
         every = torch.stack(seen).double()  # [step, loss or norm, replica]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from metactl.arrays import from_json, to_json
+from metactl.homeostasis import SetPoints
 from metactl.signals import Codec
 
 
@@ -20,9 +21,12 @@ class BaseController(abc.ABC):
     Attributes:
         band: How far the log loss may rise over its best before the guard takes over (0.2: by a
             factor of 1.22).
+        set_points: Of healthy runs, where it knows them: by these the guard sees a run leave its
+            balance before the loss does.
     """
 
     band: float = 0.2
+    set_points: SetPoints | None = None
     codec: Codec
     n_runs: int
     memory: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from metactl.controllers.base import BaseController
+from metactl.homeostasis import BALANCE
 from metactl.signals import Codec
 
 logger = logging.getLogger(__name__)
@@ -15,17 +16,19 @@ _LOSS_SIGNALS = ("signal/probe_level", "signal/train_level")
 
 
 class Guard(BaseController):
-    """Wraps a controller: bounds its actions, and takes over when it fails or the loss leaves.
+    """Wraps a controller: bounds its actions, and takes over when it fails or the run leaves.
 
     - A non-finite action moves nothing.
-    - When the loss rises more than `band` above its best since the knobs last did well, the knobs
-      go back to where they were then; if it stays out for `patience` more control steps, to their
-      defaults.
+    - When the loss rises more than `band` above its best since the knobs last did well, or the
+      drive (`metactl.homeostasis`; where the controller has set-points) to `drive_band` times what
+      it was then, the knobs go back to where they were; if it stays out for `patience` more control
+      steps, to their defaults.
     - A controller that raises is switched off for good, with one warning.
 
     Args:
         controller: Who is guarded.
         band: Rise of the log loss over its best that is tolerated; by default the controller's.
+        drive_band: Rise of the drive that is tolerated, as a factor; in balance it counts as 1.
         patience: Control steps at the last good knobs before the defaults are tried.
         n_control_steps: Decisions per run.
         strict: Let the controller's exceptions through.
@@ -34,20 +37,21 @@ class Guard(BaseController):
         reasons: Per run, why the last action was not the controller's; empty where it was.
     """
 
-    memory = ("_best", "_outside", "_good", "vetoes", "failed")
+    memory = ("_best", "_calm", "_outside", "_good", "vetoes", "failed")
 
     def __init__(
         self,
         controller: BaseController,
         *,
         band: float | None = None,
+        drive_band: float = 10.0,
         patience: int = 4,
         n_control_steps: int = 40,
         strict: bool = False,
     ) -> None:
         self.controller, self.patience = controller, patience
         self.band = controller.band if band is None else band
-        self.strict = strict
+        self.drive_band, self.strict = drive_band, strict
         self.share = 1 / n_control_steps
         self.failed = False
 
@@ -55,6 +59,7 @@ class Guard(BaseController):
         super().begin(codec, n_runs)
         self.controller.begin(codec, n_runs)
         self._best = np.full(n_runs, np.inf)
+        self._calm = np.full(n_runs, BALANCE)
         self._outside = np.zeros(n_runs, dtype=np.int64)
         self._good = codec.knobs.default_positions(n_runs)
         self.vetoes = np.zeros(n_runs, dtype=np.int64)
@@ -80,12 +85,15 @@ class Guard(BaseController):
         loss = self._loss(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
-        out = ~np.isfinite(loss) | (loss > self._best + self.band)
+        drive = self._drive(observation)
+        upset = drive > self.drive_band * self._calm
+        out = ~np.isfinite(loss) | (loss > self._best + self.band) | upset
         self._outside = np.where(out, self._outside + 1, 0)
         inside = ~out
         improved = inside & (loss <= self._best)
         self._best = np.minimum(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
+        self._calm[improved] = np.maximum(drive, BALANCE)[improved]
         defaults = self.codec.knobs.default_positions(self.n_runs)
         lost = self._outside > self.patience
         home = np.where(lost[:, None], defaults, self._good)
@@ -93,14 +101,21 @@ class Guard(BaseController):
         self.vetoes += ~inside | ~finite
         with np.errstate(invalid="ignore"):
             rise = loss - self._best
-        self.reasons = [self._reason(*row) for row in zip(inside, finite, lost, rise, strict=True)]
+        self.reasons = [
+            self._reason(*row)
+            for row in zip(inside, finite, lost, rise, np.where(upset, drive, np.nan), strict=True)
+        ]
         return np.where(inside[:, None], actions, back)
 
-    def _reason(self, inside: bool, finite: bool, lost: bool, rise: float) -> str:
+    def _reason(self, inside: bool, finite: bool, lost: bool, rise: float, drive: float) -> str:
         if not inside:
             home = "the defaults" if lost else "the last good knobs"
-            bad = f"{np.expm1(rise):.0%} above its best" if np.isfinite(rise) else "not finite"
-            return f"the loss is {bad}: back to {home}"
+            bad = f"the loss is {np.expm1(rise):.0%} above its best"
+            if not np.isfinite(rise):
+                bad = "the loss is not finite"
+            elif rise <= self.band:
+                bad = f"the drive away from balance is {drive:.3g}"
+            return f"{bad}: back to {home}"
         if not finite:
             return "the controller's action is not finite: nothing moves"
         return "the controller failed and is off" if self.failed else ""
@@ -120,6 +135,12 @@ class Guard(BaseController):
             self.failed = True
             logger.warning("The controller failed and is off; the run goes on", exc_info=True)
             return self.hold()
+
+    def _drive(self, observation: np.ndarray) -> np.ndarray:
+        points = self.controller.set_points
+        if points is None:
+            return np.zeros(self.n_runs)
+        return points.drive(observation, self.codec.names)
 
     def _loss(self, observation: np.ndarray) -> np.ndarray:
         probed = self.codec.read(observation, "has/probe_loss") > 0

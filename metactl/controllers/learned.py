@@ -21,7 +21,7 @@ class Learned(BaseController):
     band = 0.03  # chosen on tasks of meta-training (docs/evidence.md)
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.set_points = policy, policy.card.set_points
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)

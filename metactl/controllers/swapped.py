@@ -25,7 +25,7 @@ class WithSignalsOf(BaseController):
         self, controller: BaseController, entries: Sequence[str], recorded: np.ndarray
     ) -> None:
         self.controller, self.entries, self.recorded = controller, tuple(entries), recorded
-        self.band = controller.band
+        self.band, self.set_points = controller.band, controller.set_points
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)

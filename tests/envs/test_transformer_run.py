@@ -305,6 +305,17 @@ def test_the_learning_rate_warms_up_linearly_then_falls_as_a_cosine(start):
     assert falling == sorted(falling, reverse=True)
 
 
+def test_products_are_as_exact_as_asked_while_training_only(start, monkeypatch):
+    run, seen = start([1], matmul_precision="medium"), []
+    step = run._optimizer_step
+    run._step = lambda: seen.append(torch.get_float32_matmul_precision()) or step(measure=False)
+    before = torch.get_float32_matmul_precision()
+    run.advance(2)
+    assert seen == ["medium"] and torch.get_float32_matmul_precision() == before == "highest"
+    with pytest.raises(ValueError, match=r"matmul_precision.*'coarse'.*highest, high, medium"):
+        RunConfig(matmul_precision="coarse")
+
+
 def test_without_warm_up_the_first_step_is_at_the_peak(start):
     run = start([1], warmup=0.0, learning_rate=0.25)
     assert run._learning_rate().item() == pytest.approx(0.25)

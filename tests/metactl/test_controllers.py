@@ -18,6 +18,7 @@ from metactl.controllers import (
     WithSignalsOf,
 )
 from metactl.env import ControlConfig, ControlLoop
+from metactl.homeostasis import SetPoints
 from metactl.policy import PolicyCard
 from metactl.rollout import Trial, play
 from metactl.signals import Codec
@@ -259,6 +260,27 @@ def test_the_guard_takes_over_sooner_under_a_learned_policy_than_under_a_rule():
     assert Guard(Learned(Policy.load("default")), band=0.5).band == 0.5
     blind = WithSignalsOf(Learned(Policy.load("default")), [], np.zeros((N, 0)))
     assert Guard(blind).band == Guard(Learned(Policy.load("default"))).band
+
+
+def test_the_guard_takes_over_when_the_vitals_leave_their_balance_before_the_loss_does():
+    scripted = Scripted(np.array([[1.0, 1.0]]))
+    scripted.set_points = SetPoints(
+        progress=(0.0, 1.0), medians={"update_ratio": (0, 0)}, half_widths={"update_ratio": (1, 1)}
+    )
+    guard = Guard(scripted, n_control_steps=N, drive_band=4.0, patience=0)
+    guard.begin(CODEC, 1)
+
+    def act(update_ratio, positions=(0.9, 0.9)):
+        seen = {"signal__update_ratio": update_ratio, "has__update_ratio_median": 1.0}
+        return guard.act(observation(positions=positions, signal__train_level=-0.5, **seen))
+
+    assert act(0.5, (0.6, 0.4)).tolist() == [[1, 1]]  # in balance: these knobs are good
+    assert act(1 + 1.9**0.5, (0.6, 0.4)).tolist() == [[1, 1]]  # a drive of 1.9, within 4 times 1
+    home = (np.array([0.25, 0.5]) - 0.9) / (A.max_move / N)
+    np.testing.assert_allclose(act(-1 - 9**0.5)[0], home, atol=1e-5)  # 9: beyond 4 times 1.9
+    assert guard.reasons == ["the drive away from balance is 9: back to the defaults"]
+    assert act(0.5).tolist() == [[1, 1]] and guard.vetoes.tolist() == [1]
+    assert Learned(Policy.load("default")).set_points is not None
 
 
 def test_a_guarded_controller_that_diverges_alone_keeps_its_run_alive():
