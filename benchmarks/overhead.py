@@ -3,7 +3,11 @@
     python -m benchmarks.overhead --json FILE
 
 Three runs of one transformer from the same weights take turns, one control step each, in changing
-order; the ratio of each round, and their medians. Knobs move and TensorBoard is written to.
+order; medians over the rounds of two figures. `ratio`: the whole run's time to that of the run
+alone, which says what a user sees, to within the machine's noise. `share`: only optimizer step,
+hooks and controller are timed, and what they take more than the optimizer step of the run alone, in
+units of its whole time; that leaves out the noise of the model's own passes. Knobs move and
+TensorBoard is written to.
 """
 
 import json
@@ -40,8 +44,8 @@ class Options:
     context: int = 256
 
 
-def training_run(options: Options, side: str, folder: str) -> Callable[[], None]:
-    """A run that takes one optimizer step when called."""
+def training_run(options: Options, side: str, folder: str) -> Callable[[], float]:
+    """A run that takes one optimizer step when called; seconds of the part that is controlled."""
     torch.manual_seed(0)
     model = Transformer(options.d_model, 4, options.n_layers, options.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
@@ -64,14 +68,16 @@ def training_run(options: Options, side: str, folder: str) -> Callable[[], None]
         log=SummaryWriter(f"{folder}/{side}"),
     )
 
-    def step() -> None:
+    def step() -> float:
         nonlocal taken
         optimizer.zero_grad()
         loss = loss_on(batches[taken % 15])
         loss.backward()
+        begin = time.perf_counter()
         optimizer.step()
         controller.step(loss)
         taken += 1
+        return time.perf_counter() - begin
 
     return step
 
@@ -79,22 +85,30 @@ def training_run(options: Options, side: str, folder: str) -> Callable[[], None]
 def main(options: Options) -> None:
     sides = ["plain", "control", "probe"]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    controlled: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         runs = {side: training_run(options, side, folder) for side in sides}
         for round_index in range(options.rounds + 1):
             shift = round_index % len(sides)
             for side in sides[shift:] + sides[:shift]:
                 begin = time.perf_counter()
-                for _ in range(options.steps_per_decision):
-                    runs[side]()
+                part = sum(runs[side]() for _ in range(options.steps_per_decision))
                 if round_index:  # the first warms up
                     seconds[side].append(time.perf_counter() - begin)
+                    controlled[side].append(part)
     ratios = {
         side: [a / b for a, b in zip(seconds[side], seconds["plain"], strict=True)]
         for side in sides[1:]
     }
+    whole = statistics.median(seconds["plain"])
+    shares = {
+        side: [(a - b) / whole for a, b in zip(controlled[side], controlled["plain"], strict=True)]
+        for side in sides[1:]
+    }
     report = {
         "median_ratio": {side: statistics.median(ratio) for side, ratio in ratios.items()},
+        "median_share": {side: statistics.median(share) for side, share in shares.items()},
+        "shares": shares,
         "ratios": ratios,
         "seconds": seconds,
         "options": {**asdict(options), "json": str(options.json)},
@@ -103,7 +117,7 @@ def main(options: Options) -> None:
         "commit": commit(),
     }
     options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report["median_ratio"]))
+    print(json.dumps({name: report[name] for name in ("median_ratio", "median_share")}))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class ReplicatedAdamW:
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self._parameters = list(model.parameters())
         n = model.n_replicas
-        self._update = fuse(self._turn_into_step)
+        self._update = fuse(self._turn_all_into_step)
         self.values = torch.cat([p.detach().reshape(n, -1) for p in self._parameters], dim=1)
         self._point_parameters_at_values()
         self.moment1 = torch.zeros_like(self.values)
@@ -132,7 +132,7 @@ class ReplicatedAdamW:
         tables = [t.to(self.values) for t in (*tables, rate, rate * weight_decay[:, None])]
         top = self._shared_top(active, tables)
         if top is None:
-            self._update(self._whole, *(self._spread(table) for table in tables))
+            self._update(*tables)
         else:
             for views in self._active_views(top):
                 numbers = (t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in tables)
@@ -143,6 +143,9 @@ class ReplicatedAdamW:
             ratios = self._block_norms(step) / self._block_norms(self.values)
         self.values.sub_(step)
         return norm, ratios
+
+    def _turn_all_into_step(self, *tables: Tensor) -> None:
+        self._turn_into_step(self._whole, *(self._spread(table) for table in tables))
 
     def _turn_into_step(
         self, views: "_Views", rate1: Tensor, rate2: Tensor, rate: Tensor, decay: Tensor
