@@ -302,12 +302,15 @@ def _sweep(command: Sweep) -> int:
         key = _ROTATION if config.kind == "train" else "rotation"
         config = replace(config, space={**config.space, key: Range(grid=(command.rotation,))})
     trials = plan(config)
+    from metactl.sweep.searcher import require_searcher
     from metactl.sweep.trial import check_trials
 
+    require_searcher(config)
     check_trials(trials, elsewhere=config.resources.gpu > 0)
     needs = f"{config.resources.cpu:g} CPU and {config.resources.gpu:g} GPU each"
     if command.dry_run:
-        print(f"{len(trials)} trials, {needs}")
+        chosen = ", the later ones placed by what the first show" * (config.searcher != "random")
+        print(f"{len(trials)} trials, {needs}{chosen}")
         for trial in trials:
             print(f"  {trial.name}  {described(trial.changes)}")
         return 0

@@ -143,6 +143,19 @@ def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, An
         ConfigError: For an unreadable file, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
+    source = str(path) if path is not None else "the flags"
+    _put(values, changes, source)
+    return parse(kind, values, source)
+
+
+def changed(config: T, changes: Mapping[str, Any]) -> T:
+    """A configuration with some keys changed; see `read_config`."""
+    values = dump(config)
+    _put(values, changes, "the changes")
+    return parse(type(config), values, "the changes")
+
+
+def _put(values: dict[str, Any], changes: Mapping[str, Any], source: str) -> None:
     for key, value in changes.items():
         *parents, leaf = key.split(".")
         node = values
@@ -152,9 +165,8 @@ def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, An
             node = node[parent]
             if not isinstance(node, dict):
                 where = ".".join(parents[:depth])
-                raise ConfigError(f"{path}: {where} must hold keys and values, got {node!r}")
+                raise ConfigError(f"{source}: {where} must hold keys and values, got {node!r}")
         node[leaf] = value
-    return parse(kind, values, source=str(path) if path is not None else "the flags")
 
 
 def parse(kind: type[T], values: Mapping[str, Any], source: str) -> T:

@@ -92,6 +92,8 @@ class SweepConfig:
         samples: Draws for each combination of the grids.
         n_tasks: Paired tasks by which a policy is scored.
         resources: Of one trial.
+        searcher: `"random"`, or `"optuna"`: what is drawn comes from what the finished trials show,
+            whatever their grid values.
         scheduler: `"none"`, or `"asha"`: trials that learn slowly stop early (`"train"`).
         max_failures: How often a trial that fails is started again; it goes on where it was.
         seed: Of the draws and of the tasks.
@@ -104,6 +106,7 @@ class SweepConfig:
     samples: int = 1
     n_tasks: int = 16
     resources: Resources = field(default_factory=Resources)
+    searcher: Literal["random", "optuna"] = "random"
     scheduler: Literal["none", "asha"] = "none"
     max_failures: int = 3
     seed: int = 0

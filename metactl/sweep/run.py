@@ -14,7 +14,8 @@ from metactl.cluster import check_resources, cluster
 from metactl.files import write_atomically
 from metactl.progress import Progress
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
-from metactl.sweep.trial import read_result, run_trial
+from metactl.sweep.result import read_result
+from metactl.sweep.trial import run_trial
 
 _STOPPED = "stopped.txt"  # in the folder of a trial that the scheduler gave up
 

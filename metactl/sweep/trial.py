@@ -20,10 +20,11 @@ from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.shards import ShardRow
 from metactl.sweep.config import SweepConfig, Trial, described, trial_folder
+from metactl.sweep.result import RESULT, read_result
+from metactl.sweep.searcher import placed
 from metactl.train import train
 from metactl.vec_env import check_pairs
 
-RESULT = "result.json"
 _N_ENVS = 16
 Report = Callable[[int, float], None]
 """Called with the control steps learned from, and the mean return of the runs that ended."""
@@ -48,6 +49,7 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
         return done
     torch.set_num_threads(max(1, int(config.resources.cpu)))
     folder.mkdir(parents=True, exist_ok=True)
+    trial = placed(config, trial, root)
     if trial.recipe is not None:
         begun = load_newest_checkpoint(folder / "checkpoints") is not None
         policy = train(trial.recipe, folder, resume=begun, report=report)
@@ -94,15 +96,6 @@ def _runs_of(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
     check_pairs(environment.n_envs, trial.recipe.ppo.paired_runs)
     for variant in environment.variants or ({},):
         yield environment.id, {**environment.options, **variant}
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What a finished trial left, if it is intact."""
-    try:
-        result = json.loads((folder / RESULT).read_text())
-        return dict(result) if isinstance(result["score"], float) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _score(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> dict[str, Any]:

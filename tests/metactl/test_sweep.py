@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import socket
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
 from metactl.sweep.config import SweepConfig, plan, trial_folder
-from metactl.sweep.trial import check_trials, read_result, run_trial
+from metactl.sweep.result import RESULT, read_result
+from metactl.sweep.searcher import POINT, placed, require_searcher
+from metactl.sweep.trial import check_trials, run_trial
 
 TINY = {
     "environment.options.horizon": 40,
@@ -111,6 +115,79 @@ def test_a_rotation_is_that_of_all_trials(capsys, tmp_path):
         first, *trials = capsys.readouterr().out.splitlines()
         assert stopped.value.code == 0 and first.startswith("4 trials")
         assert len(trials) == 4 and all(f"{key}=givens" in line for line in trials)
+
+
+# The searcher ----------------------------------------------------------------------------------
+
+SEARCHED = {
+    "ppo.learning_rate": {"loguniform": [1e-4, 1e-2]},
+    "ppo.n_epochs": {"choice": [2, 4, 8]},
+    "seed": {"grid": [0, 1]},
+}
+
+
+def finished(root, trial, score):
+    """As if a trial had ended: better, the closer its rate is to 3e-3, with 8 epochs."""
+    folder = trial_folder(root, trial.name)
+    (folder / RESULT).write_text(json.dumps({"score": score, "changes": trial.changes}))
+
+
+def merit(changes):
+    off = abs(math.log(changes["ppo.learning_rate"] / 3e-3))
+    return -off - (changes["ppo.n_epochs"] != 8)
+
+
+def test_a_searcher_learns_from_finished_trials_and_keeps_to_its_points(tmp_path):
+    config = sweep(tmp_path, SEARCHED, samples=25, searcher="optuna")
+    trials, merits = plan(config), []
+    for trial in trials:
+        at = placed(config, trial, tmp_path)
+        assert at.changes["seed"] == trial.changes["seed"] == at.recipe.seed
+        assert at.recipe.ppo.learning_rate == at.changes["ppo.learning_rate"]
+        assert at.recipe.ppo.n_epochs == at.changes["ppo.n_epochs"] in (2, 4, 8)
+        assert placed(config, trial, tmp_path) == at  # it starts again where it was
+        merits.append(merit(at.changes))
+        finished(tmp_path, at, merits[-1])
+    random = [merit(trial.changes) for trial in trials]
+    assert merits[:8] == random[:8]
+    assert np.mean(merits[-20:]) > np.mean(random) + 0.5
+
+
+def test_a_trial_under_way_keeps_others_away_from_its_point(tmp_path):
+    config = sweep(tmp_path, SEARCHED, samples=10, searcher="optuna")
+    trials = plan(config)
+    for trial in trials[:12]:
+        finished(tmp_path, trial := placed(config, trial, tmp_path), merit(trial.changes))
+    points = [placed(config, trial, tmp_path).changes for trial in trials[12:]]  # none has ended
+    rates = {point["ppo.learning_rate"] for point in points}
+    assert len(rates) == len(points)
+    damaged = trial_folder(tmp_path, trials[0].name) / POINT
+    damaged.write_bytes(b"{")
+    again = placed(config, trials[0], tmp_path)
+    assert json.loads(damaged.read_text()) == {
+        key: again.changes[key] for key in ("ppo.learning_rate", "ppo.n_epochs")
+    }
+
+
+def test_a_searched_trial_runs_and_reports_where_it_was_placed(tmp_path):
+    config = sweep(tmp_path, {"ppo.learning_rate": {"uniform": [1e-3, 2e-3]}}, searcher="optuna")
+    (trial,) = plan(config)
+    result = run_trial(config, trial, tmp_path, ignore)
+    assert result["changes"] == json.loads((trial_folder(tmp_path, trial.name) / POINT).read_text())
+
+
+def test_a_search_that_cannot_be_is_refused_in_words(tmp_path, monkeypatch):
+    def refused(space):
+        with pytest.raises(ConfigError) as error:
+            require_searcher(sweep(tmp_path, space, searcher="optuna"))
+        return str(error.value)
+
+    assert "nothing to choose" in refused({"seed": {"grid": [1]}})
+    assert "cannot choose 'environment.options.data'" in refused(
+        {"environment.options.data": {"choice": ["a.txt"]}}
+    )
+    monkeypatch.setattr("metactl.sweep.searcher.find_spec", lambda name: None)
+    assert "pip install 'metactl[optuna]'" in refused({"seed": {"choice": [1, 2]}})
 
 
 # One trial -----------------------------------------------------------------------------------
