@@ -1,7 +1,51 @@
+import contextlib
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+BRINGS = {"lift_fresh", "lift_fresh_copy"}  # what torch.tensor(numbers) does
+COPIES = {"tolist", "numpy", "cpu", "__array__"}  # seen in Python only, where no copy is needed
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in READS | BRINGS:
+            self.seen.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+class _Methods(TorchFunctionMode):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in COPIES:
+            self.seen.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _waits():
+    seen = set()
+    with _Operations(seen), _Methods(seen):
+        yield seen
+
+
+@pytest.fixture
+def waits():
+    """Notes, on a CPU, operations by which a GPU and this process would wait for each other."""
+    return _waits

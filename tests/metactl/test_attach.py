@@ -389,6 +389,27 @@ def test_a_loss_that_is_not_one_number_is_refused(loss, message):
         run.controller.step(loss=loss)
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+def test_between_decisions_a_controlled_step_would_never_keep_a_gpu_waiting(waits, clipped):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # AdamW itself reads on a CPU
+    controller, x = Controller(RandomMoves(0), n_control_steps=4), torch.randn(3, 4)
+    controller.attach(model, optimizer, total_steps=40, example=x, tokens_per_step=3)
+    seen = {}
+    for step in range(1, 40):
+        with waits() as at_step:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0) if clipped else None
+            optimizer.step()
+            decision = controller.step(loss, norm)
+        assert (decision is None) == (step % 10 != 0)
+        seen[step] = at_step
+    assert not set().union(*(seen[step] for step in seen if step % 10))
+    assert "tolist" in seen[10]  # at a decision it reads
+
+
 def test_a_state_of_another_run_is_refused():
     state = Loop(moving()).train(9).controller.state_dict()
     for changed, message in (
