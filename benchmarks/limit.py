@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain import peak_memory, rate_of
-from envs.graph import recorder
+from envs.graph import Graph
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
 
@@ -45,7 +45,7 @@ def _work(shapes: list[Product], seconds: float, device: str, answer: Any) -> No
             torch.bmm(x.transpose(1, 2), grad)
         return ()
 
-    replay = recorder([operands[0][0]])(step) if device == "cuda" else step
+    replay = Graph(step, [operands[0][0]]) if device == "cuda" else step
     answer.send((rate_of(replay, seconds, device), peak_memory(device)))
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ class Graph:
     Args:
         compute: Returns tensors; their contents are good until the next call.
         state: Tensors that it changes. Warming up leaves them as they were.
-        pool: Handle of the memory shared with other graphs that are not replayed at the same time.
     """
 
-    def __init__(self, compute: Computation, state: Sequence[Tensor], pool: Any) -> None:
-        self._compute, self._state, self._pool = compute, state, pool
+    def __init__(self, compute: Computation, state: Sequence[Tensor]) -> None:
+        self._compute, self._state = compute, state
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[Tensor, ...] = ()
 
@@ -51,7 +49,7 @@ class Graph:
                 self._compute()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+        with torch.cuda.graph(graph, stream=aside):
             self._results = self._compute()
         self._graph = graph
         with torch.no_grad():
@@ -85,8 +83,3 @@ def matmul_precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def recorder(state: Sequence[Tensor]) -> Callable[[Computation], Graph]:
-    """Makes graphs of computations that change the same tensors, one replayed at a time."""
-    return partial(Graph, state=state, pool=torch.cuda.graph_pool_handle())

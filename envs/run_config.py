@@ -49,9 +49,8 @@ class RunConfig:
         disturb: Probability that something befalls a run at a random time (`envs.disturbances`).
         disturbances: What can: `"learning_rate"`, `"labels"`, `"switch"`, `"kick"`.
         device: Torch device, such as `"cpu"` or `"cuda"`.
-        cuda_graph: On a GPU, replay the optimizer step as one CUDA graph, whatever the knobs are;
-            else launch its kernels one by one, and compute only what a single run's knobs leave
-            active.
+        cuda_graph: On a GPU, replay the optimizer step as one CUDA graph. Without it and without
+            `compile`, a single run computes only what its knobs leave active.
         compile: Fuse the optimizer step by `torch.compile`: up to a minute at the start of every
             worker (less where it was compiled before), then faster steps. By default on a GPU where
             there is a C++ compiler.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
 from envs.disturbances import Disturbances
-from envs.graph import fused, matmul_precision, recorder
+from envs.graph import Graph, fused, matmul_precision
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.reader import Reader
 from envs.run_config import RunConfig, as_range
@@ -73,7 +73,7 @@ class AdaptiveTransformerRun(TrainingRun):
         self._budget = torch.ones((), dtype=torch.float64, device=self.device)
         self.draw_horizon(0)
         self._starts, self._training_loss = fuse(self._batch), fuse(self._loss_under_noise)
-        record = recorder(tuple(self._state().values())) if graphs else _as_it_is
+        record = partial(Graph, state=tuple(self._state().values())) if graphs else _as_it_is
         self._step = record(partial(self._optimizer_step, measure=False))
         self._measured_step = record(partial(self._optimizer_step, measure=True))
         self._probe = record(fuse(partial(self._losses, "probe")))
@@ -179,6 +179,7 @@ class AdaptiveTransformerRun(TrainingRun):
             with matmul_precision(self.config.matmul_precision):
                 loss, norm, *ratios = step()
             seen.append(torch.stack((loss, norm.to(loss))))  # a copy: the next step writes there
+        median, largest = torch.stack(ratios)
         self._rows["flops"] += n_steps * cost
         every = torch.stack(seen).double()  # [step, loss or norm, replica]
         finite = torch.isfinite(every).all(0).all(0)
@@ -191,8 +192,8 @@ class AdaptiveTransformerRun(TrainingRun):
             "train_loss_std": every[:, 0].std(0, unbiased=False),
             "probe_loss": self._probe()[0],
             "gradient_norm": every[:, 1].mean(0),
-            "update_ratio_median": ratios[0],
-            "update_ratio_max": ratios[1],
+            "update_ratio_median": median,
+            "update_ratio_max": largest,
             "relative_cost": cost / self._default_cost(),
         }
         packed = torch.stack([tensor.double() for tensor in on_device.values()])

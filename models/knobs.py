@@ -53,7 +53,6 @@ class Knobs(nn.Module):
     rotation_strength: Tensor
     orthogonality_weight: Tensor
     span_bias: Tensor
-    widths: Tensor
     channel_level: Tensor
     head_channel_level: Tensor
     hidden_level: Tensor
@@ -87,8 +86,6 @@ class Knobs(nn.Module):
         self.register_buffer("position_scale", full(1.0))
         self.register_buffer("rotation_strength", full(1.0))
         self.register_buffer("orthogonality_weight", full(config.rotary.orthogonality_weight))
-        widths = torch.tensor(levels, device=device)
-        self.register_buffer("widths", widths, persistent=False)
         for name, size in (
             ("channel_level", config.d_model),
             ("head_channel_level", config.d_model),
@@ -163,10 +160,11 @@ class Knobs(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Values in force, each `[n_replicas]` (bases may have a layer and a head dimension)."""
+        levels = brought(torch.tensor(self.config.width_levels), self.gates.device)
         return {
             "rope_base": self.log_base.exp(),
             "attention_span": self.attention_span.clone(),
-            "embedding_width": self.widths[self.width_level],
+            "embedding_width": levels[self.width_level],
             "dropout": self.dropout.clone(),
             "position_scale": self.position_scale.clone(),
             "rotation_strength": self.rotation_strength.clone(),

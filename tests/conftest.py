@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+READS |= {"_linalg_check_errors", "linalg_inv", "linalg_matrix_exp"}
 BRINGS = {"lift_fresh", "lift_fresh_copy"}  # what torch.tensor(numbers) does
 COPIES = {"tolist", "numpy", "cpu", "__array__"}  # seen in Python only, where no copy is needed
 
@@ -22,7 +23,13 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in READS | BRINGS:
+        by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)
+            for argument in args
+            if isinstance(argument, list | tuple)
+            for i in argument
+        )
+        if name in READS | BRINGS or by_mask:
             self.seen.add(name)
         return function(*args, **(kwargs or {}))
 
@@ -33,8 +40,11 @@ class _Methods(TorchFunctionMode):
         self.seen = seen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in COPIES:
-            self.seen.add(function.__name__)
+        name = getattr(function, "__name__", "")
+        if name in COPIES or (
+            name == "to" and any(a == "cpu" for a in args[1:] if isinstance(a, str))
+        ):
+            self.seen.add(name)
         return function(*args, **(kwargs or {}))
 
 

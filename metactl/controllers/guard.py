@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from metactl.arrays import to_json
 from metactl.controllers.base import BaseController
 from metactl.homeostasis import BALANCE
 from metactl.signals import Codec
@@ -59,7 +60,7 @@ class Guard(BaseController):
         super().begin(codec, n_runs)
         self.controller.begin(codec, n_runs)
         self._best = np.full(n_runs, np.inf)
-        self._calm = np.full(n_runs, BALANCE)
+        self._calm = np.full(n_runs, np.inf)
         self._outside = np.zeros(n_runs, dtype=np.int64)
         self._good = codec.knobs.default_positions(n_runs)
         self.vetoes = np.zeros(n_runs, dtype=np.int64)
@@ -69,7 +70,7 @@ class Guard(BaseController):
         return {**super().state_dict(), "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict({"_calm": to_json(self._calm), **state})  # older states lack it
         self.controller.load_state_dict(state["controller"])
 
     def act(self, observation: np.ndarray, diverged: np.ndarray | None = None) -> np.ndarray:
@@ -85,15 +86,16 @@ class Guard(BaseController):
         loss = self._loss(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
+        improved = np.isfinite(loss) & (loss <= self._best)
         drive = self._drive(observation)
-        upset = drive > self.drive_band * self._calm
+        upset = ~improved & (drive > self.drive_band * self._calm)
         out = ~np.isfinite(loss) | (loss > self._best + self.band) | upset
         self._outside = np.where(out, self._outside + 1, 0)
         inside = ~out
-        improved = inside & (loss <= self._best)
         self._best = np.minimum(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
-        self._calm[improved] = np.maximum(drive, BALANCE)[improved]
+        begun = self.codec.read(observation, "signal/progress") > -1  # vitals were measured
+        self._calm = np.where(improved & begun, np.maximum(drive, BALANCE), self._calm)
         defaults = self.codec.knobs.default_positions(self.n_runs)
         lost = self._outside > self.patience
         home = np.where(lost[:, None], defaults, self._good)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
+STOPPED = "stopped.txt"  # in the folder of a trial that the scheduler gave up
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -14,10 +14,8 @@ from metactl.cluster import check_resources, cluster
 from metactl.files import write_atomically
 from metactl.progress import Progress
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
-from metactl.sweep.result import read_result
+from metactl.sweep.result import STOPPED, read_result
 from metactl.sweep.trial import run_trial
-
-_STOPPED = "stopped.txt"  # in the folder of a trial that the scheduler gave up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def run_sweep(
     found = [result for result in results if result is not None]
     return Outcome(
         results=sorted(found, key=lambda result: -result["score"]),
-        stopped=[t.name for t in trials if (trial_folder(root, t.name) / _STOPPED).exists()],
+        stopped=[t.name for t in trials if (trial_folder(root, t.name) / STOPPED).exists()],
         failed=failed,
         left=[t.name for t in trials if not (_is_over(root, t) or t.name in failed)],
     )
@@ -76,7 +74,7 @@ def run_sweep(
 
 def _is_over(root: Path, trial: Trial) -> bool:
     folder = trial_folder(root, trial.name)
-    return read_result(folder) is not None or (folder / _STOPPED).exists()
+    return read_result(folder) is not None or (folder / STOPPED).exists()
 
 
 def _tuned(
@@ -142,7 +140,7 @@ def _watcher(root: Path, n_planned: int, n_left: int, progress: Progress | None)
             result = read_result(trial_folder(root, name))
             if result is None:
                 text = b"The scheduler gave this trial up.\n"
-                write_atomically(trial_folder(root, name) / _STOPPED, text)
+                write_atomically(trial_folder(root, name) / STOPPED, text)
             elif self.best is None or result["score"] > self.best:
                 self.best = result["score"]
             self._tell(trials)

@@ -6,18 +6,22 @@ else. So trials may start anywhere, in any order, and start again after any kill
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metactl.config import ConfigError, changed
 from metactl.files import write_atomically
 from metactl.sweep.config import Range, SweepConfig, Trial, trial_folder
-from metactl.sweep.result import read_result
+from metactl.sweep.result import STOPPED, read_result
 
 POINT = "point.json"
-_RANDOM_FIRST = 8  # results until then say too little
+_RANDOM_FIRST = 8  # trials: until then their results say too little
+_PLACES = ("data", "policy", "environment", "options", "variants", "shards", "n_workers")
 
 
 def require_searcher(config: SweepConfig) -> None:
@@ -32,21 +36,43 @@ def require_searcher(config: SweepConfig) -> None:
         raise ConfigError("searcher 'optuna' needs optuna: pip install 'metactl[optuna]'")
     if not _drawn(config):
         raise ConfigError("searcher 'optuna' has nothing to choose: space holds grids alone")
-    for key in _drawn(config):
-        if key.rpartition(".")[2] in ("data", "policy"):
+    for key, values in _drawn(config).items():
+        if key.rpartition(".")[2] in _PLACES:
             raise ConfigError(f"searcher 'optuna' cannot choose {key!r}; make it a grid")
+        for choice in values.choice or ():
+            if _as_json(choice) != choice:
+                raise ConfigError(
+                    f"searcher 'optuna' needs choices that JSON knows, got {choice!r}"
+                )
 
 
-def placed(config: SweepConfig, trial: Trial, root: Path) -> Trial:
-    """A trial at the point where it belongs: as planned, or where the searcher puts it."""
+def placed(
+    config: SweepConfig, trial: Trial, root: Path, *, check: Callable[[Trial], None]
+) -> Trial:
+    """A trial at the point where it belongs: as planned, or where the searcher puts it.
+
+    Args:
+        config: The sweep.
+        trial: As planned.
+        root: The sweep's directory.
+        check: Refuses a point whose values do not fit together; the trial then stays as planned.
+    """
     if config.searcher != "optuna":
         return trial
     folder = trial_folder(root, trial.name)
     chosen = _read_point(folder / POINT)
     if chosen is None:
         chosen = _suggested(config, trial, root)
+        try:
+            check(_moved(trial, chosen))
+        except ConfigError:
+            chosen = {key: trial.changes[key] for key in chosen}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / POINT, json.dumps(chosen).encode())
+    return _moved(trial, chosen)
+
+
+def _moved(trial: Trial, chosen: dict[str, Any]) -> Trial:
     changes = {**trial.changes, **chosen}
     if trial.recipe is not None:
         return replace(trial, changes=changes, recipe=changed(trial.recipe, chosen))
@@ -60,42 +86,53 @@ def _drawn(config: SweepConfig) -> dict[str, Range]:
 def _suggested(config: SweepConfig, trial: Trial, root: Path) -> dict[str, Any]:
     """The first are as planned; then TPE, of results and of what is under way.
 
-    A trial under way counts as bad as the worst so far, so that others keep away from it.
+    A trial under way, and one that the scheduler gave up, counts as bad as the worst so far, so
+    that others keep away from it.
     """
     drawn = _drawn(config)
-    known = [(p, r) for p, r in _others(root, trial.name) if set(p) == set(drawn)]
-    scores = [score for _, score in known if score is not None]
-    if len(scores) < _RANDOM_FIRST:
+    known = [other for other in _others(root, trial.name) if set(other.point) == set(drawn)]
+    scores = [other.score for other in known if other.score is not None]
+    if not scores or sum(other.over for other in known) < _RANDOM_FIRST:
         return {key: trial.changes[key] for key in drawn}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {key: _distribution(values) for key, values in drawn.items()}
-    seed = (config.seed << 16) + int(trial.name.partition("-")[0])
+    place = [config.seed, int(trial.name.partition("-")[0])]
+    seed = int(np.random.default_rng(place).integers(2**32))
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(n_startup_trials=_RANDOM_FIRST, seed=seed),
     )
-    for point, score in known:
+    for other in known:
         study.add_trial(
             optuna.trial.create_trial(
-                params={key: _inward(drawn[key], value) for key, value in point.items()},
+                params={key: _inward(drawn[key], value) for key, value in other.point.items()},
                 distributions=distributions,
-                value=min(scores) if score is None else score,
+                value=min(scores) if other.score is None else other.score,
             )
         )
     asked = study.ask(distributions).params
     return {key: _outward(drawn[key], value) for key, value in asked.items()}
 
 
-def _others(root: Path, name: str) -> list[tuple[dict[str, Any], float | None]]:
-    """Points of all other trials that have begun, in order, with their scores."""
+@dataclass(frozen=True)
+class _Other:
+    """Another trial that has begun: its point, its score if it has one, whether it is over."""
+
+    point: dict[str, Any]
+    score: float | None
+    over: bool
+
+
+def _others(root: Path, name: str) -> list[_Other]:
     found = []
     for folder in sorted((root / "trials").glob("*")):
         point = _read_point(folder / POINT)
         if point is not None and folder.name != name:
             result = read_result(folder)
-            found.append((point, None if result is None else result["score"]))
+            score = None if result is None else float(result["score"])
+            found.append(_Other(point, score, score is not None or (folder / STOPPED).exists()))
     return found
 
 
@@ -119,12 +156,13 @@ def _distribution(values: Range) -> Any:
 
 def _inward(values: Range, value: Any) -> Any:
     """As the searcher sees it: choices by their place."""
-    return value if values.choice is None else _plain(values.choice).index(json.dumps(value))
+    return value if values.choice is None else list(map(_as_json, values.choice)).index(value)
 
 
 def _outward(values: Range, value: Any) -> Any:
     return value if values.choice is None else values.choice[value]
 
 
-def _plain(choices: tuple[Any, ...]) -> list[str]:
-    return [json.dumps(choice) for choice in choices]
+def _as_json(value: Any) -> Any:
+    """What is read back of it; something else where JSON does not know it."""
+    return json.loads(json.dumps(value, default=repr))

@@ -49,7 +49,7 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
         return done
     torch.set_num_threads(max(1, int(config.resources.cpu)))
     folder.mkdir(parents=True, exist_ok=True)
-    trial = placed(config, trial, root)
+    trial = placed(config, trial, root, check=lambda moved: check_trials([moved]))
     if trial.recipe is not None:
         begun = load_newest_checkpoint(folder / "checkpoints") is not None
         policy = train(trial.recipe, folder, resume=begun, report=report)
@@ -77,7 +77,7 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
         try:
             for env_id, options in _runs_of(trial):
                 if elsewhere and "device" in options:
-                    options["device"] = "cpu"
+                    options |= {"device": "cpu"} | {k: False for k in options if k == "compile"}
                 key = json.dumps([env_id, options], sort_keys=True, default=str)
                 if key not in built:
                     ShardRow(env_id, 1, options, 0).close()

@@ -1,7 +1,7 @@
 """One learned matrix per head, orthogonally initialised, in four parametrisations."""
 
-import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,16 +11,19 @@ from models.rotary.component import Component, Shape, draw
 from models.rotary.pairs import at_least_float32
 
 _TAYLOR_8 = {torch.float32: (0.58, 4.0), torch.float64: (0.0499, 8.0)}  # norm, usual squarings
+_TAYLOR = [1 / math.factorial(k) for k in range(9)]
 _MOST_SQUARINGS = 20  # norms up to 6e5 in float32, 5e4 in float64
 
 PARAMETRISATIONS = ("free", "cayley", "exp", "householder")
 
 
-@functools.cache
-def _blocks(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Taylor's coefficients of the exponential, a row for each cube of the argument."""
-    inverse = [1 / math.factorial(k) for k in range(9)]
-    return torch.tensor(inverse, dtype=dtype, device=device).view(3, 3)
+def _taylor_blocks(powers: Float[Tensor, "three n dim dim"]) -> Sequence[Tensor]:
+    """Of 1, A and A^2: Taylor's polynomial of the exponential, in three parts by powers of A^3."""
+    if powers.is_cuda:  # numbers from the CPU would be waited for
+        of = [[_TAYLOR[3 * i + j] * powers[j] for j in range(3)] for i in range(3)]
+        return [a + b + c for a, b, c in of]
+    table = torch.tensor(_TAYLOR, dtype=torch.float64).view(3, 3).to(powers)
+    return (table @ powers.view(3, -1)).view(powers.shape).unbind()
 
 
 def skew(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
@@ -39,7 +42,7 @@ def cayley(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim
 def exponential(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
     """exp(A): every rotation."""
     a = skew(weight)
-    if torch.compiler.is_compiling():  # how often to square is read off the numbers
+    if torch.compiler.is_compiling() and not a.is_cuda:  # there, how often to square is looked at
         return torch.linalg.matrix_exp(a)
     return _scaled_and_squared(a)
 
@@ -60,8 +63,7 @@ def _scaled_and_squared(a: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*b
     flat = (a * torch.exp2(-squarings)[..., None, None]).reshape(-1, dim, dim)
     squared = torch.bmm(flat, flat)
     eye = torch.eye(dim, dtype=a.dtype, device=a.device).expand_as(flat)
-    powers = torch.stack((eye, flat, squared)).view(3, -1)
-    low, middle, high = (_blocks(powers.dtype, powers.device) @ powers).view(3, *flat.shape)
+    low, middle, high = _taylor_blocks(torch.stack((eye, flat, squared)))
     cube = torch.bmm(squared, flat)
     result = torch.baddbmm(low, cube, torch.baddbmm(middle, cube, high))
     for k in range(most):

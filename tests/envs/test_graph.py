@@ -52,7 +52,7 @@ def move(run, values):
 
 def live(run, moves=MOVES, n_steps=5):
     """Everything that is measured while the knobs move, and the state in the end."""
-    measured = []
+    measured = [run.evaluate("probe")]
     for values in moves:
         move(run, values)
         arrays = run.advance(n_steps).arrays()
@@ -89,7 +89,7 @@ def test_a_capturable_step_never_looks_at_a_number(start, waits, rotation):
         run._step()
         run._measured_step()
         run._probe()
-    expected = {"_local_scalar_dense"} if rotation == "exp" else set()
+    expected = {"_local_scalar_dense", "lift_fresh"} if rotation == "exp" else set()
     assert seen == expected  # on a GPU, the exponential does not look
 
 
@@ -99,6 +99,16 @@ def test_the_watch_sees_what_it_is_for(start, waits):
     with waits() as seen:
         run.advance(2)
     assert {"_local_scalar_dense", "numpy"} <= seen
+    x = torch.eye(2)
+    for wait, name in (
+        (lambda: x[x > 0], "index"),
+        (lambda: torch.linalg.matrix_exp(x), "linalg_matrix_exp"),
+        (lambda: x.to("cpu"), "to"),
+        (lambda: torch.tensor([1.0]), "lift_fresh"),
+    ):
+        with waits() as seen:
+            wait()
+        assert name in seen
 
 
 COMPILED = """
@@ -170,8 +180,9 @@ def test_a_gpu_trains_as_the_cpu_does(start, task):
 
 @gpu
 @needs_gpu
-def test_a_compiled_step_is_captured_and_computes_the_same(start):
-    compiled, launched = (start(device="cuda", compile=c) for c in (True, False))
+@pytest.mark.parametrize("rotation", ["rope", "exp", "cayley", "householder", "block"])
+def test_a_compiled_step_is_captured_and_computes_the_same(start, rotation):
+    compiled, launched = (start(rotation, device="cuda", compile=c) for c in (True, False))
     assert furthest(live(compiled), live(launched)) < 1e-9
 
 

@@ -270,16 +270,30 @@ def test_the_guard_takes_over_when_the_vitals_leave_their_balance_before_the_los
     guard = Guard(scripted, n_control_steps=N, drive_band=4.0, patience=0)
     guard.begin(CODEC, 1)
 
-    def act(update_ratio, positions=(0.9, 0.9)):
+    def act(update_ratio, positions=(0.9, 0.9), level=-0.49):
         seen = {"signal__update_ratio": update_ratio, "has__update_ratio_median": 1.0}
-        return guard.act(observation(positions=positions, signal__train_level=-0.5, **seen))
+        return guard.act(observation(positions=positions, signal__train_level=level, **seen))
 
-    assert act(0.5, (0.6, 0.4)).tolist() == [[1, 1]]  # in balance: these knobs are good
-    assert act(1 + 1.9**0.5, (0.6, 0.4)).tolist() == [[1, 1]]  # a drive of 1.9, within 4 times 1
+    assert act(0.5, (0.6, 0.4), -0.4).tolist() == [[1, 1]]  # in balance: these knobs are good
+    assert act(1 + 1.9**0.5, (0.6, 0.4), -0.5).tolist() == [[1, 1]]  # a drive of 1.9, a new best
     home = (np.array([0.25, 0.5]) - 0.9) / (A.max_move / N)
     np.testing.assert_allclose(act(-1 - 9**0.5)[0], home, atol=1e-5)  # 9: beyond 4 times 1.9
     assert guard.reasons == ["the drive away from balance is 9: back to the defaults"]
     assert act(0.5).tolist() == [[1, 1]] and guard.vetoes.tolist() == [1]
+
+
+def test_a_run_that_never_was_like_those_of_the_set_points_is_left_to_its_controller():
+    scripted = Scripted(np.array([[1.0, 1.0]]))
+    scripted.set_points = SetPoints(
+        progress=(0.0, 1.0), medians={"update_ratio": (0, 0)}, half_widths={"update_ratio": (1, 1)}
+    )
+    guard = Guard(scripted, n_control_steps=N)
+    guard.begin(CODEC, 1)
+    guard.act(observation(signal__progress=-1.0))
+    for level in (0.05, *np.linspace(0, -1, 8), -0.99):  # the first loss is no new best
+        seen = {"signal__update_ratio": -7.0, "has__update_ratio_median": 1.0}
+        guard.act(observation(signal__progress=-0.5, signal__train_level=level, **seen))
+    assert guard.vetoes.tolist() == [0]
     assert Learned(Policy.load("default")).set_points is not None
 
 

@@ -1,6 +1,7 @@
 """Sweeps: the plan, one trial, and trials on Ray."""
 
 import csv
+import datetime
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
 from metactl.sweep.config import SweepConfig, plan, trial_folder
-from metactl.sweep.result import RESULT, read_result
+from metactl.sweep.result import RESULT, STOPPED, read_result
 from metactl.sweep.searcher import POINT, placed, require_searcher
 from metactl.sweep.trial import check_trials, run_trial
 
@@ -137,15 +138,19 @@ def merit(changes):
     return -off - (changes["ppo.n_epochs"] != 8)
 
 
+def fits(trial):
+    """Every point does."""
+
+
 def test_a_searcher_learns_from_finished_trials_and_keeps_to_its_points(tmp_path):
     config = sweep(tmp_path, SEARCHED, samples=25, searcher="optuna")
     trials, merits = plan(config), []
     for trial in trials:
-        at = placed(config, trial, tmp_path)
+        at = placed(config, trial, tmp_path, check=fits)
         assert at.changes["seed"] == trial.changes["seed"] == at.recipe.seed
         assert at.recipe.ppo.learning_rate == at.changes["ppo.learning_rate"]
         assert at.recipe.ppo.n_epochs == at.changes["ppo.n_epochs"] in (2, 4, 8)
-        assert placed(config, trial, tmp_path) == at  # it starts again where it was
+        assert placed(config, trial, tmp_path, check=fits) == at  # it starts again where it was
         merits.append(merit(at.changes))
         finished(tmp_path, at, merits[-1])
     random = [merit(trial.changes) for trial in trials]
@@ -153,20 +158,66 @@ def test_a_searcher_learns_from_finished_trials_and_keeps_to_its_points(tmp_path
     assert np.mean(merits[-20:]) > np.mean(random) + 0.5
 
 
-def test_a_trial_under_way_keeps_others_away_from_its_point(tmp_path):
-    config = sweep(tmp_path, SEARCHED, samples=10, searcher="optuna")
+def searched(tmp_path, n_finished, **options):
+    """A sweep of which some trials are finished, and its plan."""
+    config = sweep(tmp_path, SEARCHED, samples=20, searcher="optuna", **options)
     trials = plan(config)
-    for trial in trials[:12]:
-        finished(tmp_path, trial := placed(config, trial, tmp_path), merit(trial.changes))
-    points = [placed(config, trial, tmp_path).changes for trial in trials[12:]]  # none has ended
-    rates = {point["ppo.learning_rate"] for point in points}
-    assert len(rates) == len(points)
+    for trial in trials[:n_finished]:
+        at = placed(config, trial, tmp_path, check=fits)
+        finished(tmp_path, at, merit(at.changes))
+    return config, trials
+
+
+def begun(root, trial, rate, epochs):
+    folder = trial_folder(root, trial.name)
+    folder.mkdir(parents=True)
+    point = {"ppo.learning_rate": rate, "ppo.n_epochs": epochs}
+    (folder / POINT).write_text(json.dumps(point))
+
+
+def test_trials_under_way_keep_others_away_from_their_points(tmp_path):
+    away = []
+    for root, crowd in ((tmp_path / "alone", 0), (tmp_path / "crowd", 12)):
+        root.mkdir()
+        config, trials = searched(root, 20)
+        for i, trial in enumerate(trials[20 : 20 + crowd]):
+            begun(root, trial, 3e-3 * 1.02 ** (i - 6), 8)  # at the best place there is
+        rates = [
+            placed(config, trial, root, check=fits).changes["ppo.learning_rate"]
+            for trial in trials[34:]
+        ]
+        away.append(np.mean([abs(math.log(rate / 3e-3)) for rate in rates]))
+    assert away[1] > away[0] + 0.1
+
+
+def test_a_trial_that_was_given_up_counts_as_one_that_is_over(tmp_path):
+    config, trials = searched(tmp_path, 4, seed=70_000)  # and a large seed does not matter
+    for trial in trials[4:8]:
+        begun(tmp_path, trial, 5e-4, 2)
+        assert placed(config, trials[9], tmp_path / "none", check=fits).changes
+    planned = trials[8].changes
+    before = placed(config, trials[8], tmp_path, check=fits).changes
+    for trial in trials[4:8]:
+        (trial_folder(tmp_path, trial.name) / STOPPED).write_text("given up")
+    after = placed(config, trials[9], tmp_path, check=fits).changes
+    assert before == planned and after != trials[9].changes
+
+
+def test_a_damaged_point_is_placed_anew_and_one_that_does_not_fit_stays_as_planned(tmp_path):
+    config, trials = searched(tmp_path, 12)
     damaged = trial_folder(tmp_path, trials[0].name) / POINT
     damaged.write_bytes(b"{")
-    again = placed(config, trials[0], tmp_path)
+    again = placed(config, trials[0], tmp_path, check=fits)
     assert json.loads(damaged.read_text()) == {
         key: again.changes[key] for key in ("ppo.learning_rate", "ppo.n_epochs")
     }
+
+    def never(trial):
+        raise ConfigError("these values do not fit together")
+
+    kept = placed(config, trials[13], tmp_path, check=never)
+    assert kept.changes == trials[13].changes
+    assert placed(config, trials[13], tmp_path, check=fits) == kept
 
 
 def test_a_searched_trial_runs_and_reports_where_it_was_placed(tmp_path):
@@ -185,6 +236,9 @@ def test_a_search_that_cannot_be_is_refused_in_words(tmp_path, monkeypatch):
     assert "nothing to choose" in refused({"seed": {"grid": [1]}})
     assert "cannot choose 'environment.options.data'" in refused(
         {"environment.options.data": {"choice": ["a.txt"]}}
+    )
+    assert "JSON knows, got datetime.date" in refused(
+        {"ppo.n_epochs": {"choice": [datetime.date(2020, 1, 1)]}}
     )
     monkeypatch.setattr("metactl.sweep.searcher.find_spec", lambda name: None)
     assert "pip install 'metactl[optuna]'" in refused({"seed": {"choice": [1, 2]}})
