@@ -240,12 +240,12 @@ def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.B
 def _shown(step: Step) -> dict[str, np.ndarray]:
     """What the runs showed, `[n_runs]` by name; never the test loss."""
     measured = {
-        name: value.astype(np.float64)
+        name: np.array(value, dtype=np.float64)
         for name, value in step.measurement.arrays().items()
         if value is not None and name != "diverged"
     }
-    knobs = {f"knob/{name}": value.astype(np.float64) for name, value in step.values.items()}
-    return {**measured, **knobs, "diverged": step.measurement.diverged.astype(bool)}
+    knobs = {f"knob/{name}": np.array(value, np.float64) for name, value in step.values.items()}
+    return {**measured, **knobs, "diverged": np.array(step.measurement.diverged, dtype=bool)}
 
 
 class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):

@@ -20,10 +20,10 @@ class Guard(BaseController):
     """Wraps a controller: bounds its actions, and takes over when it fails or the run leaves.
 
     - A non-finite action moves nothing.
-    - When the loss rises more than `band` above its best since the knobs last did well, or the
-      drive (`metactl.homeostasis`; where the controller has set-points) to `drive_band` times what
-      it was then, the knobs go back to where they were; if it stays out for `patience` more control
-      steps, to their defaults.
+    - When the loss rises more than `band` above its best since the knobs last did well, or (with
+      the loss at no new best) the drive of `metactl.homeostasis` to `drive_band` times what it was
+      then, where the controller has set-points, the knobs go back to where they were; if it stays
+      out for `patience` more control steps, to their defaults.
     - A controller that raises is switched off for good, with one warning.
 
     Args:

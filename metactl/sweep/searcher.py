@@ -6,6 +6,7 @@ else. So trials may start anywhere, in any order, and start again after any kill
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -90,7 +91,7 @@ def _suggested(config: SweepConfig, trial: Trial, root: Path) -> dict[str, Any]:
     that others keep away from it.
     """
     drawn = _drawn(config)
-    known = [other for other in _others(root, trial.name) if set(other.point) == set(drawn)]
+    known = [other for other in _others(root, trial.name) if _fits(other.point, drawn)]
     scores = [other.score for other in known if other.score is not None]
     if not scores or sum(other.over for other in known) < _RANDOM_FIRST:
         return {key: trial.changes[key] for key in drawn}
@@ -136,6 +137,21 @@ def _others(root: Path, name: str) -> list[_Other]:
     return found
 
 
+def _fits(point: dict[str, Any], drawn: dict[str, Range]) -> bool:
+    """Whether a point is of this space; a folder may hold anything."""
+    return set(point) == set(drawn) and all(
+        _as_json(list(values.choice)).count(point[key])
+        if values.choice is not None
+        else isinstance(point[key], float) and _within(values, point[key])
+        for key, values in drawn.items()
+    )
+
+
+def _within(values: Range, value: float) -> bool:
+    low, high = values.uniform or values.loguniform or (math.inf, -math.inf)
+    return low <= value <= high
+
+
 def _read_point(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text()))
@@ -156,7 +172,7 @@ def _distribution(values: Range) -> Any:
 
 def _inward(values: Range, value: Any) -> Any:
     """As the searcher sees it: choices by their place."""
-    return value if values.choice is None else list(map(_as_json, values.choice)).index(value)
+    return value if values.choice is None else _as_json(list(values.choice)).index(value)
 
 
 def _outward(values: Range, value: Any) -> Any:

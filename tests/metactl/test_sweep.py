@@ -160,6 +160,7 @@ def test_a_searcher_learns_from_finished_trials_and_keeps_to_its_points(tmp_path
 
 def searched(tmp_path, n_finished, **options):
     """A sweep of which some trials are finished, and its plan."""
+    tmp_path.mkdir(exist_ok=True)
     config = sweep(tmp_path, SEARCHED, samples=20, searcher="optuna", **options)
     trials = plan(config)
     for trial in trials[:n_finished]:
@@ -178,7 +179,6 @@ def begun(root, trial, rate, epochs):
 def test_trials_under_way_keep_others_away_from_their_points(tmp_path):
     away = []
     for root, crowd in ((tmp_path / "alone", 0), (tmp_path / "crowd", 12)):
-        root.mkdir()
         config, trials = searched(root, 20)
         for i, trial in enumerate(trials[20 : 20 + crowd]):
             begun(root, trial, 3e-3 * 1.02 ** (i - 6), 8)  # at the best place there is
@@ -194,13 +194,30 @@ def test_a_trial_that_was_given_up_counts_as_one_that_is_over(tmp_path):
     config, trials = searched(tmp_path, 4, seed=70_000)  # and a large seed does not matter
     for trial in trials[4:8]:
         begun(tmp_path, trial, 5e-4, 2)
-        assert placed(config, trials[9], tmp_path / "none", check=fits).changes
     planned = trials[8].changes
     before = placed(config, trials[8], tmp_path, check=fits).changes
     for trial in trials[4:8]:
         (trial_folder(tmp_path, trial.name) / STOPPED).write_text("given up")
     after = placed(config, trials[9], tmp_path, check=fits).changes
     assert before == planned and after != trials[9].changes
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"ppo.learning_rate": "fast", "ppo.n_epochs": 2},
+        {"ppo.learning_rate": 7.0, "ppo.n_epochs": 2},
+        {"ppo.learning_rate": 1e-3, "ppo.n_epochs": [1]},
+        {"ppo.learning_rate": 1e-3},
+    ],
+)
+def test_points_that_are_not_of_the_space_are_not_learned_from(tmp_path, point):
+    config, trials = searched(tmp_path / "clean", 12)
+    expected = placed(config, trials[13], tmp_path / "clean", check=fits)
+    config, trials = searched(tmp_path / "soiled", 12)
+    begun(tmp_path / "soiled", trials[12], 1e-3, 2)
+    (trial_folder(tmp_path / "soiled", trials[12].name) / POINT).write_text(json.dumps(point))
+    assert placed(config, trials[13], tmp_path / "soiled", check=fits) == expected
 
 
 def test_a_damaged_point_is_placed_anew_and_one_that_does_not_fit_stays_as_planned(tmp_path):
