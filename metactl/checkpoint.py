@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -60,14 +62,47 @@ def save_checkpoint(
     return final
 
 
-def load_newest_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """State of the newest intact checkpoint; damaged ones are passed over with a warning."""
+def load_newest_checkpoint(
+    folder: Path, at_most: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """State of the newest intact checkpoint; damaged ones are passed over with a warning.
+
+    Args:
+        folder: Holds the checkpoints of one run.
+        at_most: Pass over those of later steps, too.
+    """
     for checkpoint in _checkpoints(folder):
+        if at_most is not None and _step(checkpoint) > at_most:
+            continue
         try:
             return _load(checkpoint)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning("Checkpoint %s is damaged, trying an older one: %s", checkpoint, error)
     return None
+
+
+def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of an environment, arrays and tensors by name, as `save_checkpoint` takes it."""
+    return {
+        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        for name, value in state.items()
+    }
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The reverse of `to_tensors`: tensors stay what belongs to the run."""
+    return {
+        name: value if name.startswith("run/") else value.numpy() for name, value in tensors.items()
+    }
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint, intact or not; 0 where there is none."""
+    return max((_step(checkpoint) for checkpoint in _checkpoints(folder)), default=0)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

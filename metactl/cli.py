@@ -294,19 +294,16 @@ def _sweep(command: Sweep) -> int:
     from metactl.config import dump, find_config, parse_assignment, read_config
     from metactl.progress import bar, console
     from metactl.rundir import discard_if_refused, open_run_directory
-    from metactl.sweep.config import Range, SweepConfig, described, plan
+    from metactl.sweep.config import SweepConfig, described, plan, with_rotation
 
     changes = dict(parse_assignment(text) for text in command.set)
     config = read_config(SweepConfig, find_config(command.config), changes)
     if command.rotation is not None:
-        key = _ROTATION if config.kind == "train" else "rotation"
-        config = replace(config, space={**config.space, key: Range(grid=(command.rotation,))})
+        config = with_rotation(config, command.rotation)
     trials = plan(config)
-    from metactl.sweep.searcher import require_searcher
-    from metactl.sweep.trial import check_trials
+    from metactl.sweep.check import check_sweep
 
-    require_searcher(config)
-    check_trials(trials, elsewhere=config.resources.gpu > 0)
+    check_sweep(config, trials)
     needs = f"{config.resources.cpu:g} CPU and {config.resources.gpu:g} GPU each"
     if command.dry_run:
         chosen = ", the later ones placed by what the first show" * (config.searcher != "random")
@@ -316,7 +313,12 @@ def _sweep(command: Sweep) -> int:
         return 0
     begun = (command.run_dir / "config.yaml").exists()
     root = open_run_directory(command.run_dir, "sweep", dump(config), resume=begun)
-    from metactl.sweep.report import result_table, write_report
+    from metactl.sweep.report import (
+        against_policy,
+        policy_sentence,
+        result_table,
+        write_report,
+    )
     from metactl.sweep.run import run_sweep
 
     print(f"{len(trials)} trials, {needs}; stopped, the same command goes on")
@@ -324,6 +326,9 @@ def _sweep(command: Sweep) -> int:
         outcome = run_sweep(config, trials, root, address=command.address, progress=progress)
     write_report(config, trials, outcome, root)
     console().print(result_table(outcome))
+    compared = against_policy(outcome, root)
+    if compared:
+        console().print(policy_sentence(compared))
     for name, why in outcome.failed.items():
         print(f"Failed: {name}: {why}", file=sys.stderr)
     if outcome.stopped:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -32,11 +33,13 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    import ray
-
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         _require_answer(address)
+    else:
+        _lock()
+    import ray
+
     scratch = None if address else _short_folder()
     local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": scratch} if scratch else {}
     try:
@@ -55,6 +58,15 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
         ray.shutdown()
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _lock() -> None:
+    """Nobody but this process and its children may use the cluster that it starts.
+
+    Ray reads the token once per process, and would keep one in the user's home otherwise.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _require_answer(address: str) -> None:

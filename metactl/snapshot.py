@@ -12,6 +12,7 @@ import torch
 from stable_baselines3 import PPO
 from torch import Tensor
 
+from metactl.checkpoint import from_tensors, to_tensors
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow
 from metactl.vec_env import ShardVecEnv
@@ -31,10 +32,7 @@ def snapshot(
         for name, tensor in state.items():
             tensors[f"optimizer/{index}/{name}"] = tensor
     for k, state in enumerate(shards.call_all("state_dict")):
-        for name, value in state.items():
-            tensors[f"shard/{k}/{name}"] = (
-                value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-            )
+        tensors |= {f"shard/{k}/{name}": value for name, value in to_tensors(state).items()}
     generator: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = generator
     python_version, python_state, python_gauss = random.getstate()
@@ -83,10 +81,7 @@ def restore(
         index, _, name = key.partition("/")
         moments.setdefault(int(index), {})[name] = tensor
     model.policy.optimizer.load_state_dict({**optimizer, "state": moments})
-    states = [
-        ({name: v if name.startswith("run/") else v.numpy() for name, v in state.items()},)
-        for state in (under(f"shard/{k}/") for k in range(shards.n_shards))
-    ]
+    states = [(from_tensors(under(f"shard/{k}/")),) for k in range(shards.n_shards)]
     n_saved = len({key.partition("/")[0] for key in under("shard/")})
     if n_saved != shards.n_shards:
         raise RunDirectoryError(

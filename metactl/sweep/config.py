@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from metactl.config import ConfigError, TrainConfig, find_config, read_config
 from metactl.rundir import resolve_data
 
 _STRICT = ConfigDict(extra="forbid")
+_LEAST_MEMBERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -79,46 +80,106 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Stop:
+    """When to end early.
+
+    Args:
+        minutes: Of the whole sweep; what is not done then is left, and the same command goes on.
+        patience: Reports of a trial (`"train"`: updates) without a better return, after which it is
+            given up.
+    """
+
+    minutes: float | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "patience"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SweepConfig:
     """A sweep.
 
     Args:
         kind: `"train"` meta-trains a policy per trial and scores it; `"apply"` scores a policy
-            that exists on new runs.
+            that exists on new runs; `"knobs"` scores settings of the knobs themselves, without a
+            policy: what a policy has to beat.
         recipe: For `"train"`: configuration that all trials share, by file or recipe name.
-        policy: For `"apply"`: folder of a policy, or the name of one that ships.
-        space: By dotted key of the recipe (`"train"`) or option of the environment and `policy`
-            (`"apply"`): the values.
+        policy: Folder of a policy, or the name of one that ships: the one that is applied
+            (`"apply"`), or whose environment and knobs these are (`"knobs"`).
+        options: Of the environment, for all trials of kind `"apply"` and `"knobs"`.
+        space: By dotted key of the recipe (`"train"`), by option of the environment and `policy`
+            (`"apply"`) or by knob (`"knobs"`): the values.
         samples: Draws for each combination of the grids.
         n_tasks: Paired tasks by which a policy is scored.
         resources: Of one trial.
         searcher: `"random"`, or `"optuna"`: what is drawn comes from what the finished trials show,
             whatever their grid values.
-        scheduler: `"none"`, or `"asha"`: trials that learn slowly stop early (`"train"`).
+        scheduler: `"none"`; `"asha"`: trials that learn slowly stop early (`"train"`, `"knobs"`);
+            `"pbt"` (arXiv 1711.09846) or `"pb2"` (arXiv 2002.02518): the trials are a population,
+            the worst take over the runs of better ones and go on at other knobs (`"knobs"`).
+        every: Control steps between takeovers.
+        stop: Rules that end it early.
         max_failures: How often a trial that fails is started again; it goes on where it was.
         seed: Of the draws and of the tasks.
     """
 
-    kind: Literal["train", "apply"] = "train"
+    kind: Literal["train", "apply", "knobs"] = "train"
     recipe: str = "train"
     policy: str = "default"
+    options: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Range] = field(default_factory=dict)
     samples: int = 1
     n_tasks: int = 16
     resources: Resources = field(default_factory=Resources)
     searcher: Literal["random", "optuna"] = "random"
-    scheduler: Literal["none", "asha"] = "none"
+    scheduler: Literal["none", "asha", "pbt", "pb2"] = "none"
+    every: int = 4
+    stop: Stop = field(default_factory=Stop)
     max_failures: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("samples", 1), ("n_tasks", 2), ("max_failures", 0), ("seed", 0)):
+        counts = (("samples", 1), ("n_tasks", 2), ("max_failures", 0), ("seed", 0), ("every", 1))
+        for name, low in counts:
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.space:
             raise ValueError("space is empty: name at least one key to vary")
-        if self.scheduler == "asha" and self.kind == "apply":
-            raise ValueError("scheduler 'asha' compares learning; kind 'apply' learns nothing")
+        if self.options and self.kind == "train":
+            raise ValueError("options are of kinds 'apply' and 'knobs'; a recipe has its own")
+        if self.kind == "apply" and (self.scheduler != "none" or self.stop.patience):
+            raise ValueError(
+                f"scheduler {self.scheduler!r} and patience compare learning; kind 'apply' learns "
+                f"nothing"
+            )
+        if self.kind == "knobs" and self.searcher != "random":
+            raise ValueError("searcher 'optuna' chooses for kinds 'train' and 'apply'")
+        if self.is_population:
+            self._require_population()
+
+    @property
+    def is_population(self) -> bool:
+        """Whether trials take over each other's runs."""
+        return self.scheduler in ("pbt", "pb2")
+
+    def _require_population(self) -> None:
+        if self.kind != "knobs":
+            raise ValueError(f"scheduler {self.scheduler!r} moves knobs: it needs kind 'knobs'")
+        if self.samples < _LEAST_MEMBERS:
+            raise ValueError(
+                f"scheduler {self.scheduler!r} needs samples of at least {_LEAST_MEMBERS}, the "
+                f"members of its population, got {self.samples}"
+            )
+        for key, values in self.space.items():
+            if values.uniform is None and values.loguniform is None:
+                raise ValueError(
+                    f"scheduler {self.scheduler!r} moves within uniform or loguniform; "
+                    f"{key} has neither"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +190,9 @@ class Trial:
         name: Says which, and is the same in every start of the same sweep.
         changes: By key: the value.
         recipe: Of kind `"train"`: all that it runs, with absolute paths; a trial may run anywhere.
-        options: Of kind `"apply"`: those of the environment.
-        policy: Of kind `"apply"`: its absolute folder, or the name of one that ships.
+        options: Of kinds `"apply"` and `"knobs"`: those of the environment.
+        policy: Of the same kinds: its absolute folder, or the name of one that ships.
+        sets_knobs: Whether it is of kind `"knobs"`: its changes are values of knobs.
     """
 
     name: str
@@ -138,6 +200,15 @@ class Trial:
     recipe: TrainConfig | None = None
     options: dict[str, Any] = field(default_factory=dict)
     policy: str = ""
+    sets_knobs: bool = False
+
+
+def with_rotation(config: SweepConfig, rotation: str) -> SweepConfig:
+    """A sweep all of whose trials have a rotation variant."""
+    if config.kind == "knobs":
+        return replace(config, options={**config.options, "rotation": rotation})
+    key = "environment.options.rotation" if config.kind == "train" else "rotation"
+    return replace(config, space={**config.space, key: Range(grid=(rotation,))})
 
 
 def plan(config: SweepConfig) -> list[Trial]:
@@ -164,10 +235,17 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
     try:
         if config.kind == "train":
             return Trial(name=name, changes=changes, recipe=_recipe(config.recipe, changes))
-        options = resolve_data(dict(changes))
+        varied = changes if config.kind == "apply" else {}
+        options = resolve_data({**config.options, **varied})
         policy = Path(options.pop("policy", config.policy))
         located = str(policy.resolve() if policy.is_dir() else policy)
-        return Trial(name=name, changes=changes, options=options, policy=located)
+        return Trial(
+            name=name,
+            changes=changes,
+            options=options,
+            policy=located,
+            sets_knobs=config.kind == "knobs",
+        )
     except ConfigError as error:
         raise ConfigError(f"trial {name} ({described(changes)}): {error}") from error
 

@@ -3,29 +3,35 @@
 import csv
 import io
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
 from metactl.files import write_atomically
 from metactl.rundir import write_json
+from metactl.statistics import paired_difference
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
+from metactl.sweep.member import read_reference
 from metactl.sweep.run import Outcome
+from metactl.sweep.score import gain
 
 _SHOWN = 10
-_FIGURES = ("score", "score_low", "score_high", "default_loss", "policy_loss")
+_FIGURES = ("score", "score_low", "score_high", "default_loss", "loss")
 
 
 def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, root: Path) -> None:
     """Writes `results.json`, `results.csv`, `search.png` and `tb/`.
 
-    The policy of the trial with the highest score becomes `policy/`.
+    The policy of the best trial becomes `policy/`.
     """
     write_json(
         root / "results.json",
         {
+            **against_policy(outcome, root),
             "results": outcome.results,
             "stopped": outcome.stopped,
             "failed": outcome.failed,
@@ -44,16 +50,49 @@ def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, roo
     if not outcome.results:
         return
     _write_hparams(outcome.results, root)
-    draw_search(root / "search.png", outcome.results, keys)
+    if config.is_population:
+        draw_schedules(root / "search.png", outcome.results, keys)
+    else:
+        draw_search(root / "search.png", outcome.results, keys)
     winner = trial_folder(root, outcome.results[0]["trial"]) / "policy"
     if winner.exists():
         shutil.copytree(winner, root / "policy", dirs_exist_ok=True)
 
 
+def against_policy(outcome: Outcome, root: Path) -> dict[str, Any]:
+    """Of kind `"knobs"`: what the policy gains on the same tasks, and the best trial beside it.
+
+    Returns:
+        `policy`: its gain over default knobs with its interval; `best_minus_policy`: difference of
+        test losses, above 0 where the policy is better. Empty where there is no such pair.
+    """
+    reference = read_reference(root)
+    if not reference or not outcome.results:
+        return {}
+    default, policy = (np.array(reference[arm]) for arm in ("default", "policy"))
+    best = np.array(outcome.results[0]["test_loss"])
+    return {
+        "policy": gain(default, policy),
+        "best_minus_policy": asdict(paired_difference(best, policy)),
+    }
+
+
+def policy_sentence(compared: dict[str, Any]) -> str:
+    """`against_policy` in words."""
+    own, apart = compared["policy"], compared["best_minus_policy"]
+    return (
+        f"The policy on the same tasks: {own['score']:+.4f} "
+        f"[{own['score_low']:+.4f}, {own['score_high']:+.4f}]; the trial with the lowest probe "
+        f"loss ends {apart['estimate']:+.4f} [{apart['low']:+.4f}, {apart['high']:+.4f}] from it"
+    )
+
+
 def result_table(outcome: Outcome) -> Table:
     """The best trials, with intervals."""
     shown = min(_SHOWN, len(outcome.results))
-    title = f"The best {shown} of {len(outcome.results)} trials" if shown else "No trial finished"
+    order = ", by probe loss" if any("merit" in result for result in outcome.results) else ""
+    title = f"The best {shown} of {len(outcome.results)} trials{order}"
+    title = title if shown else "No trial finished"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("trial")
     table.add_column("gain over default (95 %), nats", justify="right")
@@ -121,6 +160,34 @@ def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> N
     figure.suptitle(
         f"{len(results)} trials; the best in green; 95 % intervals over tasks", x=0.02, ha="left"
     )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_schedules(path: Path, results: list[dict[str, Any]], keys: list[str]) -> None:
+    """Draws where every knob was in the runs that each trial ended with, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(3.4 * len(keys) + 0.8, 3.4), sharex=True, squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        for result in reversed(results):
+            best = result is results[0]
+            values = result["schedule"][key]
+            style = {"color": "tab:green", "lw": 2.5} if best else {"color": "tab:blue", "lw": 0.8}
+            axis.step(np.arange(1, len(values) + 1), values, where="mid", **style)
+        drawn = [value for result in results for value in result["schedule"][key]]
+        if min(drawn) > 0 and max(drawn) / min(drawn) > 20:
+            axis.set_yscale("log")
+        axis.set_xlabel("control step")
+        axis.set_title(key, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{len(results)} trials; the best, by probe loss, in green", x=0.02, ha="left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -4,28 +4,22 @@ A trial that was killed goes on from its newest checkpoint, and one that is fini
 again; so whoever starts trials may fail at any moment, and start all of them again.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metactl.checkpoint import load_newest_checkpoint
-from metactl.config import ConfigError
-from metactl.deployment import deployment
-from metactl.evaluation import play_arms, policy_arm, static_arm, summarise
-from metactl.files import write_atomically
-from metactl.knobs import KnobSet
+from metactl.evaluation.summary import column
 from metactl.policy import Policy
-from metactl.shards import ShardRow
-from metactl.sweep.config import SweepConfig, Trial, described, trial_folder
-from metactl.sweep.result import RESULT, read_result
+from metactl.sweep.check import check_trials
+from metactl.sweep.config import SweepConfig, Trial, trial_folder
+from metactl.sweep.result import read_result, write_result
+from metactl.sweep.score import gain, play_pair
 from metactl.sweep.searcher import placed
 from metactl.train import train
-from metactl.vec_env import check_pairs
 
-_N_ENVS = 16
 Report = Callable[[int, float], None]
 """Called with the control steps learned from, and the mean return of the runs that ended."""
 
@@ -55,69 +49,8 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
         policy = train(trial.recipe, folder, resume=begun, report=report)
     else:
         policy = Policy.load(trial.policy)
-    score = _score(config, policy, trial.options)
-    result = {"trial": trial.name, "changes": trial.changes, **score}
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / RESULT, text.encode())
+    pair = play_pair(config, policy, trial.options)
+    default, loss = (column(pair[arm], "final_test") for arm in ("default", "policy"))
+    result = {"trial": trial.name, "changes": trial.changes, **gain(default, loss)}
+    write_result(folder, result)
     return result
-
-
-def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
-    """Builds one of each kind of run, so that what refuses it does so before anything starts.
-
-    Args:
-        trials: The trials.
-        elsewhere: They will run where there are GPUs, which this machine may not have.
-
-    Raises:
-        ConfigError: With the trial, and the words of whatever refuses it.
-    """
-    built: set[str] = set()
-    for trial in trials:
-        try:
-            for env_id, options in _runs_of(trial):
-                if elsewhere and "device" in options:
-                    options |= {"device": "cpu"} | {k: False for k in options if k == "compile"}
-                key = json.dumps([env_id, options], sort_keys=True, default=str)
-                if key not in built:
-                    ShardRow(env_id, 1, options, 0).close()
-                built.add(key)
-        except ValueError as error:
-            where = f"trial {trial.name} ({described(trial.changes)})"
-            raise ConfigError(f"{where}: {error}") from error
-
-
-def _runs_of(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Environment and options of each kind of run that a trial has."""
-    if trial.recipe is None:
-        yield deployment(Policy.load(trial.policy), **trial.options)
-        return
-    environment = trial.recipe.environment
-    check_pairs(environment.n_envs, trial.recipe.ppo.paired_runs)
-    for variant in environment.variants or ({},):
-        yield environment.id, {**environment.options, **variant}
-
-
-def _score(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> dict[str, Any]:
-    """Paired runs at default knobs and under the policy.
-
-    The text is that of meta-training: what a sweep chooses by, its winner's report must not see.
-    """
-    env_id, deployed = deployment(policy, **options)
-    if "split" in deployed:
-        deployed["split"] = "meta_train"
-    with ShardRow(env_id, min(_N_ENVS, 2 * config.n_tasks), deployed, 0) as shards:
-        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
-        arms = [
-            static_arm("default", default),
-            policy_arm(policy, default),
-        ]
-        summary = summarise(play_arms(shards, arms, config.n_tasks, config.seed))
-    difference = summary["policy_minus"]["default"]["final_test"]
-    return {
-        "score": -difference["estimate"],
-        "score_low": -difference["high"],
-        "score_high": -difference["low"],
-        "default_loss": summary["arms"]["default"]["final_test"],
-        "policy_loss": summary["arms"]["policy"]["final_test"],
-    }

@@ -17,10 +17,11 @@ import pytest
 from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
+from metactl.sweep.check import check_trials
 from metactl.sweep.config import SweepConfig, plan, trial_folder
 from metactl.sweep.result import RESULT, STOPPED, read_result
 from metactl.sweep.searcher import POINT, placed, require_searcher
-from metactl.sweep.trial import check_trials, run_trial
+from metactl.sweep.trial import run_trial
 
 TINY = {
     "environment.options.horizon": 40,
@@ -86,7 +87,7 @@ def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
         ({"space": {"seed": {"uniform": [2, 1]}}}, ["low < high, got 2.0, 1.0"]),
         ({"space": {"seed": {"loguniform": [0, 1]}}}, ["low < high, got 0.0, 1.0"]),
         ({"samples": 0}, ["samples must be at least 1, got 0"]),
-        ({"kind": "aply"}, ["kind", "'train' or 'apply'", "'aply'"]),
+        ({"kind": "aply"}, ["kind", "'train', 'apply' or 'knobs'", "'aply'"]),
         ({"resources": {"cpu": 0}}, ["cpu > 0"]),
         ({"sampels": 3}, ["'sampels'", "Did you mean 'samples'"]),
         ({"kind": "apply", "scheduler": "asha"}, ["'asha'", "learns nothing"]),
@@ -305,7 +306,7 @@ def test_a_policy_is_scored_where_the_space_says(tmp_path):
     small, large = (run_trial(config, t, tmp_path / "apply", ignore) for t in plan(config))
     assert small["default_loss"] != large["default_loss"]
     for result in (small, large):
-        gain = result["default_loss"] - result["policy_loss"]
+        gain = result["default_loss"] - result["loss"]
         assert result["score"] == pytest.approx(gain)
         assert result["score_low"] <= result["score"] <= result["score_high"]
 

@@ -1,0 +1,94 @@
+"""What would refuse a sweep does so before anything starts."""
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from metactl.config import ConfigError
+from metactl.knobs import KnobSet
+from metactl.policy import Policy
+from metactl.shards import ShardRow
+from metactl.sweep.config import SweepConfig, Trial, described
+from metactl.sweep.score import runs_of
+from metactl.sweep.searcher import require_searcher
+from metactl.vec_env import check_pairs
+
+
+def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
+    """Refuses a sweep that one of its trials, its searcher or its scheduler would refuse.
+
+    Raises:
+        ConfigError: With the words of whatever refuses it.
+    """
+    require_searcher(config)
+    elsewhere = config.resources.gpu > 0
+    check_trials(trials, elsewhere=elsewhere)
+    if not config.is_population:
+        return
+    if config.scheduler == "pb2" and find_spec("sklearn") is None:
+        raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install 'metactl[pb2]'")
+    try:
+        position_bounds(config, knobs_of(trials[0], elsewhere=elsewhere))
+    except ValueError as error:
+        raise ConfigError(f"space: {error}") from error
+
+
+def position_bounds(config: SweepConfig, knobs: KnobSet) -> dict[str, tuple[float, float]]:
+    """By knob: between which positions a sweep moves it."""
+    bounds = {}
+    for name, values in config.space.items():
+        ends = values.uniform or values.loguniform
+        assert ends is not None
+        low, high = (float(knobs[name].position(end)) for end in ends)
+        bounds[name] = (low, high)
+    return bounds
+
+
+def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
+    """Builds one of each kind of run, so that what refuses it does so before anything starts.
+
+    Args:
+        trials: The trials.
+        elsewhere: They will run where there are GPUs, which this machine may not have.
+
+    Raises:
+        ConfigError: With the trial, and the words of whatever refuses it.
+    """
+    built: dict[str, KnobSet] = {}
+    for trial in trials:
+        try:
+            for env_id, options in _runs_of(trial):
+                key = json.dumps([env_id, options], sort_keys=True, default=str)
+                if key not in built:
+                    built[key] = _knobs_of_one(env_id, options, elsewhere=elsewhere)
+                if trial.sets_knobs:
+                    built[key].positions(trial.changes, 1)
+        except ValueError as error:
+            where = f"trial {trial.name} ({described(trial.changes)})"
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def knobs_of(trial: Trial, *, elsewhere: bool = False) -> KnobSet:
+    """The knobs of a trial's runs, of a kind that has one sort of them."""
+    ((env_id, options),) = _runs_of(trial)
+    return _knobs_of_one(env_id, options, elsewhere=elsewhere)
+
+
+def _knobs_of_one(env_id: str, options: dict[str, Any], *, elsewhere: bool) -> KnobSet:
+    """Builds one run to see; `elsewhere` without the GPU that it will have."""
+    if elsewhere and "device" in options:
+        options = options | {"device": "cpu"} | {k: False for k in options if k == "compile"}
+    with ShardRow(env_id, 1, options, 0) as run:
+        return KnobSet(run.describe()["knobs"])
+
+
+def _runs_of(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Environment and options of each kind of run that a trial has."""
+    if trial.recipe is None:
+        yield runs_of(Policy.load(trial.policy), trial.options)
+        return
+    environment = trial.recipe.environment
+    check_pairs(environment.n_envs, trial.recipe.ppo.paired_runs)
+    for variant in environment.variants or ({},):
+        yield environment.id, {**environment.options, **variant}

@@ -1,0 +1,45 @@
+"""What a sweep's trials are scored by: paired runs that no trial trained on.
+
+The text is that of meta-training: what a sweep chooses by, its winner's report must not see.
+"""
+
+from typing import Any
+
+from metactl.deployment import deployment
+from metactl.evaluation import Results, play_arms, policy_arm, static_arm
+from metactl.knobs import FloatArray, KnobSet
+from metactl.policy import Policy
+from metactl.shards import ShardRow
+from metactl.statistics import paired_difference
+from metactl.sweep.config import SweepConfig
+
+_N_ENVS = 16
+
+
+def runs_of(policy: Policy, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Environment id and options of the runs that score a trial."""
+    env_id, deployed = deployment(policy, **options)
+    if "split" in deployed:
+        deployed["split"] = "meta_train"
+    return env_id, deployed
+
+
+def play_pair(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> Results:
+    """The same tasks at default knobs and under a policy: arms `"default"` and `"policy"`."""
+    env_id, deployed = runs_of(policy, options)
+    with ShardRow(env_id, min(_N_ENVS, 2 * config.n_tasks), deployed, 0) as shards:
+        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        arms = [static_arm("default", default), policy_arm(policy, default)]
+        return play_arms(shards, arms, config.n_tasks, config.seed)
+
+
+def gain(default: FloatArray, loss: FloatArray) -> dict[str, float]:
+    """What a trial gains over default knobs, in nats per token; from test losses, `[n_tasks]`."""
+    difference = paired_difference(default, loss)
+    return {
+        "score": difference.estimate,
+        "score_low": difference.low,
+        "score_high": difference.high,
+        "default_loss": float(default.mean()),
+        "loss": float(loss.mean()),
+    }
