@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean help
+.PHONY: setup demo test soak lint clean help
 
 help:
 	@sed -n '2,4s/^#   //p' Makefile
@@ -49,6 +49,10 @@ lint: $(STAMP)
 test: lint
 	@echo "test: the suite"
 	@$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	@echo "soak: a simulated cluster that loses workers, nodes and drivers (about 15 minutes)"
+	@$(BIN)/python -m pytest -m soak
 
 clean:
 	rm -rf $(VENV)

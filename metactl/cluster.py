@@ -37,7 +37,7 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     if address:
         _require_answer(address)
     else:
-        _lock()
+        use_token()
     import ray
 
     scratch = None if address else _short_folder()
@@ -60,7 +60,7 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _lock() -> None:
+def use_token() -> None:
     """Nobody but this process and its children may use the cluster that it starts.
 
     Ray reads the token once per process, and would keep one in the user's home otherwise.

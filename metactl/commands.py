@@ -129,12 +129,12 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Vary a meta-training, or where a policy is applied, on Ray; the best policy is kept."""
+    """Vary a meta-training, where a policy is applied, or the knobs themselves, on Ray Tune."""
 
     run_dir: Path
     """Directory of the sweep, on a cluster one that all nodes see; what was stopped goes on."""
     config: str = "sweep"
-    """YAML file, or the name of a packaged sweep such as 'sweep' or 'sweep_apply'."""
+    """YAML file, or the name of a packaged sweep: sweep, sweep_apply, sweep_pbt, sweep_cluster."""
     address: str | None = None
     """Of a Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
     rotation: str | None = None

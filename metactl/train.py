@@ -103,7 +103,7 @@ def train(
     """
     with build_shards(config) as shards:
         env = ShardVecEnv(shards, config.ppo.paired_runs)
-        model = _build_ppo(config, env)
+        model = build_ppo(config, env)
         tensors: dict[str, Tensor] | None = None
         pending: dict[str, float] = {}  # figures noted, but not yet on the board
         if resume:
@@ -140,7 +140,7 @@ def train(
     return policy
 
 
-def _build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
+def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     ppo = config.ppo
     return PPO(
         "MlpPolicy",

@@ -6,11 +6,13 @@ again, and every trial goes on from where it was.
 """
 
 import collections
+import contextlib
+import logging
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ from metactl.sweep.population import (
 from metactl.sweep.result import STOPPED, merit, read_result
 from metactl.sweep.trial import run_trial
 
+logger = logging.getLogger(__name__)
 _FINENESS = 1000  # of the progress of one trial
+_ROOM = 1 << 16  # bytes; whoever cannot write so much cannot go on
 _FINISHED = 1 << 62  # steps; more than any trial that is under way
 
 
@@ -128,16 +132,47 @@ def _tuned(
             callbacks=[_watcher(root, n_planned, len(trials), seconds, progress)],
         ),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet("ray.tune"):  # the watcher tells what it is about
         warnings.filterwarnings("ignore", module=r"sklearn\.")  # PB2's fits seldom converge
-        grid = tuner.fit()
+        grid = _fitted(tuner, root)
     failed = {}
     for i in range(len(grid)):
         result = grid[i]
         if result.error is not None:
-            lines = str(result.error).strip().splitlines()
-            failed[Path(result.path).name] = lines[-1] if lines else "it failed"
+            failed[Path(result.path).name] = _last_line(result.error)
     return failed
+
+
+def _last_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "it failed"
+
+
+def _fitted(tuner: Any, root: Path) -> Any:
+    """Runs Tune; where it breaks because nothing can be written any more, that is the error."""
+    try:
+        return tuner.fit()
+    except Exception:
+        _require_room(root)
+        raise
+
+
+def _require_room(root: Path) -> None:
+    probe = root / "room"
+    write_atomically(probe, bytes(_ROOM))
+    probe.unlink()
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps back what a library logs, but for the worst."""
+    its = logging.getLogger(name)
+    level = its.level
+    its.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        its.setLevel(level)
 
 
 def _first_name(trial: Any) -> str:
@@ -253,6 +288,15 @@ def _watcher(
                 text = b"This trial was given up.\n"
                 write_atomically(trial_folder(root, name) / STOPPED, text)
             self._tell(trials)
+
+        def on_trial_recover(
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
+            _require_room(root)  # else it would be tried in vain, again and again
+            why = "its process is gone"
+            if trial.error_file and Path(trial.error_file).exists():
+                why = _last_line(Path(trial.error_file).read_text())
+            logger.warning("Trial %s goes on from its checkpoint: %s", trial, why)
 
         def on_trial_error(
             self, iteration: int, trials: list[Any], trial: Any, **info: Any

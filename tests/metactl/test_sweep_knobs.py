@@ -235,7 +235,7 @@ def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, sched
     config = tmp_path / "sweep.yaml"
     values = {
         **{"kind": "knobs", "space": SPACE, "options": OPTIONS, "n_tasks": 2, "samples": 4},
-        **{"scheduler": scheduler, "every": 10},
+        **{"scheduler": scheduler, "every": 14},
     }
     config.write_text(json.dumps(values))
     root = tmp_path / "run"
