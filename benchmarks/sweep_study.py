@@ -5,7 +5,7 @@
     python -m benchmarks.sweep_study --run-dirs runs/study runs/confirm --json FILE
 
 The gap lies between the best static setting on average and the best for each task, of a grid, on
-the tasks that scored the trials. Of every setting that was drawn: Spearman's rank correlation with
+the tasks that scored the trials; both are chosen by runs with other seeds than those that score. Of every setting that was drawn: Spearman's rank correlation with
 the trials' score, with a bootstrap interval over trials. Of settings that were repeated with other
 training seeds: the mean score of each, and the difference with an interval over seeds.
 """
@@ -13,7 +13,7 @@ training seeds: the mean score of each, and the difference with an interval over
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,16 @@ def measure_gap(run_dir: Path, n_points: int) -> dict[str, float]:
     with ShardRow(env_id, 16, options, default_workers()) as shards:
         points = static_grid(KnobSet(shards.describe()["knobs"]), n_points)
         arms = [static_arm(str(i), point) for i, point in enumerate(points)]
+        again = [replace(arm, other_seed=True) for arm in arms]
+        chosen_on = play_arms(shards, again, config.n_tasks, config.seed)
         played = play_arms(shards, arms, config.n_tasks, config.seed)
     names = [arm.name for arm in arms]
-    best = min(names, key=lambda name: column(played[name], "final_probe").mean())
+    best = min(names, key=lambda name: column(chosen_on[name], "final_probe").mean())
     return {
         "settings": n_points,
         "default": float(column(played["0"], "final_test").mean()),
         "best_static": float(column(played[best], "final_test").mean()),
-        "per_task_best": float(per_task_best(played, played, names).mean()),
+        "per_task_best": float(per_task_best(chosen_on, played, names).mean()),
     }
 
 
@@ -115,7 +117,10 @@ def correlation(values: Sequence[float], score: Sequence[float]) -> dict[str, fl
 
 
 def repeated(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By setting, without its seed, best first: how it does on average, and minus the best."""
+    """By setting, without its seed, best first: how it does on average, and minus the best.
+
+    Empty where settings were not all tried with the same seeds, at least two.
+    """
 
     def setting(result: dict[str, Any]) -> str:
         return json.dumps({k: v for k, v in result["changes"].items() if k != "seed"})
@@ -124,7 +129,8 @@ def repeated(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups = [
         (json.loads(key), list(found)) for key, found in itertools.groupby(ordered, key=setting)
     ]
-    if any(len(found) < 2 for _, found in groups):
+    seeds = {tuple(r["changes"].get("seed") for r in found) for _, found in groups}
+    if len(seeds) > 1 or len(next(iter(seeds))) < 2:
         return []
     groups.sort(key=lambda group: -float(np.mean(scores(group[1]))))
     best = np.array(scores(groups[0][1]))

@@ -4,6 +4,7 @@ A checkpoint is a folder `step-N` with `state.safetensors` and `state.json`; the
 checksum of the tensors. It is written beside its place and renamed; the newest intact one counts.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ from metactl.files import sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 KEEP = 3
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 def save_checkpoint(
@@ -76,7 +78,7 @@ def load_newest_checkpoint(
             continue
         try:
             return _load(checkpoint)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except _DAMAGE as error:
             logger.warning("Checkpoint %s is damaged, trying an older one: %s", checkpoint, error)
     return None
 
@@ -96,9 +98,14 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def newest_step(folder: Path) -> int:
-    """Of the newest checkpoint, intact or not; 0 where there is none."""
-    return max((_step(checkpoint) for checkpoint in _checkpoints(folder)), default=0)
+def intact_steps(folder: Path) -> set[int]:
+    """Of the checkpoints that can be loaded."""
+    found = set()
+    for checkpoint in _checkpoints(folder):
+        with contextlib.suppress(*_DAMAGE):
+            _load(checkpoint)
+            found.add(_step(checkpoint))
+    return found
 
 
 def _step(checkpoint: Path) -> int:

@@ -332,7 +332,7 @@ def _sweep(command: Sweep) -> int:
     for name, why in outcome.failed.items():
         print(f"Failed: {name}: {why}", file=sys.stderr)
     if outcome.stopped:
-        print(f"Stopped early by the scheduler: {', '.join(outcome.stopped)}")
+        print(f"Given up early: {', '.join(outcome.stopped)}")
     if outcome.left:  # Tune takes Ctrl-C for itself, and ends as if all were done
         print(f"Stopped with {len(outcome.left)} trials left; the same command goes on")
         return 130

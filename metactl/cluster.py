@@ -50,7 +50,7 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
                 logging_level=logging.ERROR,
                 **local,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"cluster at {address!r}" if address else "local cluster"
             raise WorkerDied(f"No Ray {where}: {error}") from error
         yield ray.cluster_resources()

@@ -28,8 +28,14 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         return
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
         raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install 'metactl[pb2]'")
+    about = about_runs(trials[0], elsewhere=elsewhere)
+    if config.every >= about["n_control_steps"]:
+        raise ConfigError(
+            f"every must be below the {about['n_control_steps']} control steps of a run, else "
+            f"nothing is ever taken over; got {config.every}"
+        )
     try:
-        position_bounds(config, knobs_of(trials[0], elsewhere=elsewhere))
+        position_bounds(config, KnobSet(about["knobs"]))
     except ValueError as error:
         raise ConfigError(f"space: {error}") from error
 
@@ -55,32 +61,32 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
     Raises:
         ConfigError: With the trial, and the words of whatever refuses it.
     """
-    built: dict[str, KnobSet] = {}
+    built: dict[str, dict[str, Any]] = {}
     for trial in trials:
         try:
             for env_id, options in _runs_of(trial):
                 key = json.dumps([env_id, options], sort_keys=True, default=str)
                 if key not in built:
-                    built[key] = _knobs_of_one(env_id, options, elsewhere=elsewhere)
+                    built[key] = _about_one(env_id, options, elsewhere=elsewhere)
                 if trial.sets_knobs:
-                    built[key].positions(trial.changes, 1)
-        except ValueError as error:
+                    KnobSet(built[key]["knobs"]).positions(trial.changes, 1)
+        except (ValueError, TypeError) as error:
             where = f"trial {trial.name} ({described(trial.changes)})"
             raise ConfigError(f"{where}: {error}") from error
 
 
-def knobs_of(trial: Trial, *, elsewhere: bool = False) -> KnobSet:
-    """The knobs of a trial's runs, of a kind that has one sort of them."""
+def about_runs(trial: Trial, *, elsewhere: bool = False) -> dict[str, Any]:
+    """What a trial's runs say of themselves, of a kind that has one sort of them."""
     ((env_id, options),) = _runs_of(trial)
-    return _knobs_of_one(env_id, options, elsewhere=elsewhere)
+    return _about_one(env_id, options, elsewhere=elsewhere)
 
 
-def _knobs_of_one(env_id: str, options: dict[str, Any], *, elsewhere: bool) -> KnobSet:
+def _about_one(env_id: str, options: dict[str, Any], *, elsewhere: bool) -> dict[str, Any]:
     """Builds one run to see; `elsewhere` without the GPU that it will have."""
     if elsewhere and "device" in options:
         options = options | {"device": "cpu"} | {k: False for k in options if k == "compile"}
     with ShardRow(env_id, 1, options, 0) as run:
-        return KnobSet(run.describe()["knobs"])
+        return run.describe()
 
 
 def _runs_of(trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:

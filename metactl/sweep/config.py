@@ -84,9 +84,11 @@ class Stop:
     """When to end early.
 
     Args:
-        minutes: Of the whole sweep; what is not done then is left, and the same command goes on.
-        patience: Reports of a trial (`"train"`: updates) without a better return, after which it is
-            given up.
+        minutes: Of each start of the sweep; what is not done then is left, and the same command
+            goes on.
+        patience: Reports of a trial without a better return, after which it is given up; counted
+            from its last start. It reports after every update (`"train"`), or `every` so many
+            control steps (`"knobs"`).
     """
 
     minutes: float | None = None
@@ -121,7 +123,7 @@ class SweepConfig:
         scheduler: `"none"`; `"asha"`: trials that learn slowly stop early (`"train"`, `"knobs"`);
             `"pbt"` (arXiv 1711.09846) or `"pb2"` (arXiv 2002.02518): the trials are a population,
             the worst take over the runs of better ones and go on at other knobs (`"knobs"`).
-        every: Control steps between takeovers.
+        every: Control steps between takeovers, and between reports of kind `"knobs"`.
         stop: Rules that end it early.
         max_failures: How often a trial that fails is started again; it goes on where it was.
         seed: Of the draws and of the tasks.
@@ -173,6 +175,10 @@ class SweepConfig:
             raise ValueError(
                 f"scheduler {self.scheduler!r} needs samples of at least {_LEAST_MEMBERS}, the "
                 f"members of its population, got {self.samples}"
+            )
+        if self.stop.patience:
+            raise ValueError(
+                f"patience gives trials up; under scheduler {self.scheduler!r} they take over"
             )
         for key, values in self.space.items():
             if values.uniform is None and values.loguniform is None:
@@ -236,6 +242,8 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
         if config.kind == "train":
             return Trial(name=name, changes=changes, recipe=_recipe(config.recipe, changes))
         varied = changes if config.kind == "apply" else {}
+        if "policy" in config.options:
+            raise ConfigError("policy is a key of the sweep, not one of its options")
         options = resolve_data({**config.options, **varied})
         policy = Path(options.pop("policy", config.policy))
         located = str(policy.resolve() if policy.is_dir() else policy)

@@ -42,12 +42,12 @@ class Going:
     Args:
         positions: By knob, for those that the sweep varies: where it is, in [0, 1].
         from_trial: Whose runs it goes on with.
-        at_most: Control steps that these have done; the newest that there are by default.
+        done: Control steps that these have done; by default whatever is there.
     """
 
     positions: Mapping[str, float]
     from_trial: str
-    at_most: int | None = None
+    done: int | None = None
 
 
 def run_member(
@@ -63,9 +63,9 @@ def run_member(
         report: Told after every stretch but the last.
 
     Returns:
-        `score`: what its setting gains over default knobs, in nats per token; its interval;
-        `merit`: minus the final probe loss; `test_loss` per task; and `schedule`: values of the
-        knobs, by name, per control step.
+        `changes`: where it began; `score`: what its setting gains over default knobs, in nats per
+        token; its interval; `merit`: minus the final probe loss; `test_loss` per task; and
+        `schedule`: values of the knobs, by name, per control step.
     """
     folder = trial_folder(root, trial.name)
     done = read_result(folder)
@@ -77,12 +77,16 @@ def run_member(
     try:
         runs = _Runs(config, env.loop)
         held = load_newest_checkpoint(
-            trial_folder(root, going.from_trial) / CHECKPOINTS, going.at_most
+            trial_folder(root, going.from_trial) / CHECKPOINTS, going.done
         )
         if held is None:
             runs.begin()
         else:
             runs.load_state_dict(held[0])
+        if going.done is not None and runs.done != going.done:
+            raise OSError(
+                f"Trial {going.from_trial} has no intact checkpoint of control step {going.done}"
+            )
         runs.move(going.positions)
         if going.from_trial != trial.name:
             _save(runs, folder, going.positions)
@@ -113,10 +117,11 @@ def _save(runs: "_Runs", folder: Path, positions: Mapping[str, float]) -> None:
     )
 
 
-def held_positions(root: Path, trial: str, at_most: int) -> dict[str, float] | None:
-    """At which knobs a trial that was stopped is, if it has begun."""
-    held = load_newest_checkpoint(trial_folder(root, trial) / CHECKPOINTS, at_most)
-    return None if held is None else dict(held[1]["positions"])
+def held_positions(root: Path, trial: str, done: int) -> dict[str, float]:
+    """At which knobs a trial was after so many control steps, of which it has a checkpoint."""
+    held = load_newest_checkpoint(trial_folder(root, trial) / CHECKPOINTS, done)
+    assert held is not None
+    return dict(held[1]["positions"])
 
 
 class _Runs:

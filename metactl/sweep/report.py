@@ -82,21 +82,23 @@ def policy_sentence(compared: dict[str, Any]) -> str:
     own, apart = compared["policy"], compared["best_minus_policy"]
     return (
         f"The policy on the same tasks: {own['score']:+.4f} "
-        f"[{own['score_low']:+.4f}, {own['score_high']:+.4f}]; the trial with the lowest probe "
-        f"loss ends {apart['estimate']:+.4f} [{apart['low']:+.4f}, {apart['high']:+.4f}] from it"
+        f"[{own['score_low']:+.4f}, {own['score_high']:+.4f}]; the loss of the trial with the "
+        f"lowest probe loss minus the policy's: {apart['estimate']:+.4f} "
+        f"[{apart['low']:+.4f}, {apart['high']:+.4f}]"
     )
 
 
 def result_table(outcome: Outcome) -> Table:
     """The best trials, with intervals."""
     shown = min(_SHOWN, len(outcome.results))
-    order = ", by probe loss" if any("merit" in result for result in outcome.results) else ""
+    of_knobs = any("merit" in result for result in outcome.results)
+    order = ", by probe loss" if of_knobs else ""
     title = f"The best {shown} of {len(outcome.results)} trials{order}"
     title = title if shown else "No trial finished"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("trial")
     table.add_column("gain over default (95 %), nats", justify="right")
-    table.add_column("varied")
+    table.add_column("began at" if of_knobs else "varied")
     for result in outcome.results[:shown]:
         low, high = result["score_low"], result["score_high"]
         table.add_row(
@@ -158,7 +160,9 @@ def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> N
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("gain over default (nats)")
     figure.suptitle(
-        f"{len(results)} trials; the best in green; 95 % intervals over tasks", x=0.02, ha="left"
+        f"{len(results)} trials; the one that is chosen in green; 95 % intervals over tasks",
+        x=0.02,
+        ha="left",
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -28,6 +28,8 @@ pytestmark = [
 ]
 
 UPDATE = 80  # control steps between checkpoints: 2 runs of 40
+N_UPDATES = 16
+LAST = (N_UPDATES - 1) * UPDATE  # the last checkpoint
 RECIPE = {
     "environment": {
         "options": {
@@ -41,7 +43,7 @@ RECIPE = {
         "n_envs": 2,
     },
     "ppo": {
-        "total_timesteps": 16 * UPDATE,
+        "total_timesteps": N_UPDATES * UPDATE,
         "n_epochs": 2,
         "batch_size": UPDATE,
         "paired_runs": 2,
@@ -113,6 +115,9 @@ class Sweep:
     def unfinished(self):
         return [t for t in self.trials if read_result(trial_folder(self.root, t.name)) is None]
 
+    def is_over(self, name):
+        return all(trial.name != name for trial in self.unfinished())
+
     def until(self, condition, timeout=120):
         """Looks on until something holds while the driver is alive."""
         end = time.monotonic() + timeout
@@ -125,12 +130,12 @@ class Sweep:
             time.sleep(0.05)
 
     def workers(self):
-        """By process: the unfinished trial in which it has learned; event files bear its number."""
+        """By process: the trial in which it learns; event files bear the process's number."""
         found = {}
         for trial in self.unfinished():
             files = (trial_folder(self.root, trial.name) / "tb").glob("events.out.tfevents.*")
             numbers = [file.name.split(".")[3:] for file in files]
-            if self.newest[trial.name] > 0 and numbers:
+            if 0 < self.newest[trial.name] < LAST and numbers:
                 pid = int(max(numbers, key=lambda number: int(number[0]))[-2])
                 with contextlib.suppress(OSError):
                     if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
@@ -182,15 +187,17 @@ def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(
     for i in range(n_kills):
         run.until(lambda: run.workers())
         pid, name = rng.choice(sorted(run.workers().items()))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        run.look()
         before = run.newest[name]
-        os.kill(pid, signal.SIGKILL)
         hit.add(name)
-        run.until(lambda name=name, before=before: run.newest[name] > before)
+        run.until(lambda name=name, before=before: run.newest[name] > before or run.is_over(name))
         if i == n_kills // 3:
             cluster.remove_node(lost, allow_graceful=False)
         if i == 2 * n_kills // 3:
             cluster.add_node(num_cpus=1)
-    run.finish(600)
+    assert "goes on from its checkpoint" in run.finish(600)
     run.require_whole()
     for trial in [t for t in run.trials if t.name in hit][:2]:
         undisturbed = run_trial(run.config, trial, tmp_path / "undisturbed", ignore)
@@ -205,9 +212,10 @@ def test_a_driver_may_be_killed_again_and_again_and_its_records_be_torn(
     cluster, tmp_path, n_trials, n_kills
 ):
     run = Sweep(tmp_path, n_trials)
-    for _ in range(n_kills):
+    torn = 0
+    for i in range(n_kills):
         before = run.progress()
-        run.start(cluster.address)
+        run.start(cluster.address if i % 2 else None)
         run.until(lambda before=before: run.progress() > before and run.workers())
         os.killpg(run.driver.pid, signal.SIGKILL)
         run.driver.communicate()
@@ -215,6 +223,8 @@ def test_a_driver_may_be_killed_again_and_again_and_its_records_be_torn(
         for name in ("tuner.pkl", "experiment_state-*.json"):
             for record in (run.root / "tune").glob(name):
                 record.write_bytes(record.read_bytes()[: record.stat().st_size // 2])
+                torn += 1
+    assert torn >= n_kills
     run.start(cluster.address)
     run.finish()
     run.require_whole()

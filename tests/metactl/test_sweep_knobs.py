@@ -4,14 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from metactl.checkpoint import load_newest_checkpoint, newest_step
+from metactl.checkpoint import load_newest_checkpoint
 from metactl.config import ConfigError, parse
 from metactl.knobs import Knob, KnobSet
-from metactl.sweep.check import check_sweep, knobs_of, position_bounds
+from metactl.sweep.check import about_runs, check_sweep, position_bounds
 from metactl.sweep.config import SweepConfig, plan, trial_folder
 from metactl.sweep.member import (
     CHECKPOINTS,
@@ -22,7 +23,7 @@ from metactl.sweep.member import (
 )
 from metactl.sweep.population import starting_points
 from metactl.sweep.result import RESULT, merit
-from metactl.sweep.run import _Stall
+from metactl.sweep.run import _Told
 
 SPACE = {
     "dropout": {"uniform": [0.0, 0.4]},
@@ -41,7 +42,7 @@ def ignore(done, n_control_steps, score):
 
 
 def at_planned(config, trial, **going):
-    knobs = knobs_of(trial)
+    knobs = KnobSet(about_runs(trial)["knobs"])
     at = dict(zip(knobs.names, knobs.positions(trial.changes, 1)[0], strict=True))
     where = {"positions": {k: float(at[k]) for k in trial.changes}, "from_trial": trial.name}
     return Going(**{**where, **going})
@@ -119,7 +120,7 @@ def test_a_takeover_goes_on_with_the_runs_of_another(begun):
     stopped_at(config, source, root, 12)
     stopped_at(config, target, root, 8)
     own, other = at_planned(config, target), at_planned(config, source)
-    taken = Going(positions=other.positions, from_trial=source.name, at_most=8)
+    taken = Going(positions=other.positions, from_trial=source.name, done=8)
     result = run_member(config, target, root, taken, ignore)
     expected = run_member(config, source, root, other, ignore)
     assert result["test_loss"] == expected["test_loss"]
@@ -132,7 +133,7 @@ def test_a_takeover_is_kept_before_anything_else_is_done(begun):
     stopped_at(config, source, root, 8)
     stopped_at(config, target, root, 8)
     moved = {"dropout": 0.9, "learning_rate_multiplier": 0.5}
-    stopped_at(config, target, root, 12, positions=moved, from_trial=source.name, at_most=8)
+    stopped_at(config, target, root, 12, positions=moved, from_trial=source.name, done=8)
     folder = trial_folder(root, target.name) / CHECKPOINTS
     at_8 = load_newest_checkpoint(folder, at_most=8)
     of_source = load_newest_checkpoint(trial_folder(root, source.name) / CHECKPOINTS, at_most=8)
@@ -145,20 +146,40 @@ def test_a_takeover_is_kept_before_anything_else_is_done(begun):
     assert apart == ["positions"]
 
 
-def test_after_a_stop_all_members_go_on_from_the_same_control_step(begun):
+def test_after_a_stop_all_members_go_on_from_the_same_control_step(begun, caplog):
     _, trials, root = begun
     config = sweep(samples=4, scheduler="pbt")
-    steps = {trial.name: step for trial, step in zip(trials, (12, 8, 12, 12), strict=True)}
-    for trial in trials:
-        stopped_at(config, trial, root, steps[trial.name])
-    common, points = starting_points(config, trials, root, knobs_of(trials[0]))
-    assert common == 8
-    for trial in trials:
-        assert points[trial.name] == pytest.approx(at_planned(config, trial).positions)
-        assert newest_step(trial_folder(root, trial.name) / CHECKPOINTS) == steps[trial.name]
-    common, points = starting_points(config, trials, root / "new", knobs_of(trials[0]))
-    assert common == 0
+    knobs = KnobSet(about_runs(trials[0])["knobs"])
+    moved = {
+        trial.name: {"dropout": 0.1 * i, "learning_rate_multiplier": 0.2 * i}
+        for i, trial in enumerate(trials)
+    }
+    for trial, step in zip(trials, (12, 8, 12, 16), strict=True):
+        stopped_at(config, trial, root, step, positions=moved[trial.name])
+    assert starting_points(config, trials, root, knobs) == (8, moved)
+    place = trial_folder(root, trials[1].name) / CHECKPOINTS / "step-000000000008"
+    (place / "state.safetensors").write_bytes(b"torn")
+    assert starting_points(config, trials[:3], root, knobs) == (4, moved_of(trials[:3], moved))
+    common, points = starting_points(config, trials, root, knobs)  # one has none of 4 any more
+    assert common == 0 and "begin anew" in caplog.text
     assert points[trials[0].name] == pytest.approx(at_planned(config, trials[0]).positions)
+
+
+def moved_of(trials, moved):
+    return {trial.name: moved[trial.name] for trial in trials}
+
+
+def test_a_trial_that_is_to_go_on_where_nothing_is_says_so(begun):
+    config, (source, target, *_), root = begun
+    stopped_at(config, source, root, 8)
+    with pytest.raises(OSError, match=f"{source.name} has no intact checkpoint of .* step 12"):
+        run_member(
+            config,
+            target,
+            root,
+            at_planned(config, target, from_trial=source.name, done=12),
+            ignore,
+        )
 
 
 def test_bounds_are_those_of_the_space_as_positions():
@@ -168,8 +189,8 @@ def test_bounds_are_those_of_the_space_as_positions():
 
 
 def test_a_trial_stalls_by_reports_without_a_better_return():
-    ahead = _Stall()
-    seen = [ahead(score)["stalled"] for score in (-3.0, -2.0, -2.0, -2.5, -1.0, -1.5)]
+    told = _Told()
+    seen = [told(0.1, score)["stalled"] for score in (-3.0, -2.0, -2.0, -2.5, -1.0, -1.5)]
     assert seen == [0, 0, 1, 2, 0, 1]
 
 
@@ -188,6 +209,10 @@ def test_a_trial_stalls_by_reports_without_a_better_return():
         ({"searcher": "optuna"}, ["'optuna'", "'train' and 'apply'"]),
         ({"kind": "train"}, ["options are of kinds 'apply' and 'knobs'"]),
         ({"kind": "apply", "stop": {"patience": 3}}, ["patience", "learns nothing"]),
+        (
+            {"scheduler": "pbt", "samples": 4, "stop": {"patience": 2}},
+            ["patience gives trials up", "'pbt'"],
+        ),
         ({"every": 0}, ["every must be at least 1, got 0"]),
         ({"stop": {"minutes": 0}}, ["minutes must be above 0, got 0"]),
         ({"stop": {"minute": 1}}, ["'stop.minute'", "Did you mean 'minutes'"]),
@@ -204,12 +229,19 @@ def test_a_sweep_that_makes_no_sense_is_refused_in_words(values, parts):
     ("space", "words"),
     [
         ({"dropuot": {"grid": [0.1]}}, r"trial 000-.*'dropuot'.*Did you mean 'dropout'"),
+        ({"dropout": {"grid": [{"low": 0.1}]}}, r"trial 000-"),
         ({"dropout": {"grid": [0.1, 0.9]}}, r"trial 001-.*dropout must be in \[0, 0.6\], got 0.9"),
     ],
 )
 def test_a_knob_or_value_that_the_runs_do_not_have_is_refused(space, words):
     config = sweep(space)
     with pytest.raises(ConfigError, match=words):
+        check_sweep(config, plan(config))
+
+
+def test_a_population_that_would_never_take_over_is_refused():
+    config = sweep(samples=4, scheduler="pbt", every=40)
+    with pytest.raises(ConfigError, match=r"every must be below the 40 control steps .*; got 40"):
         check_sweep(config, plan(config))
 
 
@@ -229,35 +261,65 @@ def test_pb2_without_its_package_says_what_to_install(monkeypatch):
 # On Ray ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
-def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, scheduler):
+def start(tmp_path, **changes):
     config = tmp_path / "sweep.yaml"
     values = {
         **{"kind": "knobs", "space": SPACE, "options": OPTIONS, "n_tasks": 2, "samples": 4},
-        **{"scheduler": scheduler, "every": 14},
+        **changes,
     }
     config.write_text(json.dumps(values))
-    root = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "metactl", "sweep", "--config", config, "--run-dir", root],
+    return subprocess.Popen(
+        [sys.executable, "-m", "metactl", "sweep", "--config", config, "--run-dir", "run"],
         cwd=tmp_path,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=250,
     )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr and "Warning" not in done.stderr
-    assert "The policy on the same tasks" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
+def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, scheduler):
+    run = start(tmp_path, scheduler=scheduler, every=14)
+    out, err = run.communicate(timeout=250)
+    assert run.returncode == 0, err
+    assert "Traceback" not in out + err and "Warning" not in err
+    assert "The policy on the same tasks" in " ".join(out.split())
+    root = tmp_path / "run"
     report = json.loads((root / "results.json").read_text())
     assert len(report["results"]) == report["planned"] == 4
     merits = [result["merit"] for result in report["results"]]
     assert merits == sorted(merits, reverse=True)
-    first = [tuple(r["schedule"][knob][0] for knob in SPACE) for r in report["results"]]
-    assert len(set(first)) < 4  # somebody ended with runs that began as another's
+    first, last = (
+        {tuple(result["schedule"][knob][i] for knob in SPACE) for result in report["results"]}
+        for i in (0, -1)
+    )
+    assert len(first) < len(last) == 4  # takeovers, each at knobs of its own
     reference = read_reference(root)
     apart = np.subtract(report["results"][0]["test_loss"], reference["policy"]).mean()
     assert report["best_minus_policy"]["estimate"] == pytest.approx(apart)
     with (root / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4
     assert (root / "search.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_a_population_waits_for_no_member_that_has_failed_for_good(tmp_path):
+    run = start(tmp_path, scheduler="pbt", every=14, max_failures=0)
+    *_, victim = plan(sweep(scheduler="pbt", samples=4))
+    place = trial_folder(tmp_path / "run", victim.name) / CHECKPOINTS / "step-000000000014"
+    deadline = time.monotonic() + 120
+    while not place.exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (place / "state.safetensors").write_bytes(b"torn")
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 1, err
+    assert f"Failed: {victim.name}: OSError" in err and "Traceback" not in out + err
+    report = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(report["results"]) == 3 and list(report["failed"]) == [victim.name]
+    again = start(tmp_path, scheduler="pbt", every=14, max_failures=0)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["results"]) == 4
