@@ -5,9 +5,10 @@
     python -m benchmarks.sweep_study --run-dirs runs/study runs/confirm --json FILE
 
 The gap lies between the best static setting on average and the best for each task, of a grid, on
-the tasks that scored the trials; both are chosen by runs with other seeds than those that score. Of every setting that was drawn: Spearman's rank correlation with
-the trials' score, with a bootstrap interval over trials. Of settings that were repeated with other
-training seeds: the mean score of each, and the difference with an interval over seeds.
+the tasks that scored the trials; both are chosen by runs with other seeds than those that score.
+Of every setting that was drawn: Spearman's rank correlation with the trials' score, with a
+bootstrap interval over trials. Of settings that were repeated with other training seeds: the mean
+score of each, and the difference with an interval over seeds.
 """
 
 import itertools
