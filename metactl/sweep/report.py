@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from metactl.sweep.run import Outcome
 from metactl.sweep.score import gain
 
 _SHOWN = 10
+_COLUMNS = 4  # panels side by side
 _FIGURES = ("score", "score_low", "score_high", "default_loss", "loss")
 
 
@@ -135,17 +137,22 @@ def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> N
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
-    figure, axes = plt.subplots(
-        1, len(keys), figsize=(3.4 * len(keys) + 0.8, 3.4), sharey=True, squeeze=False
-    )
-    for axis, key in zip(axes[0], keys, strict=True):
+    columns = min(_COLUMNS, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    size = (3.4 * columns + 0.8, 3.2 * rows + 0.2)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes.flat, keys, strict=False):
         values = [result["changes"].get(key) for result in results]
         numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
         if numeric:
             places = [float(v) for v in values]
             if min(places) > 0 and max(places) / min(places) > 20:
                 axis.set_xscale("log")
+                axis.xaxis.set_minor_formatter(NullFormatter())
         else:
             names = sorted({str(v) for v in values})
             places = [float(names.index(str(v))) for v in values]
@@ -158,7 +165,8 @@ def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> N
         axis.axhline(0, color="0.7", lw=1, zorder=0)
         axis.set_xlabel(key)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("gain over default (nats)")
+    for first in axes[:, 0]:
+        first.set_ylabel("gain over default (nats)")
     figure.suptitle(
         f"{len(results)} trials; the one that is chosen in green; 95 % intervals over tasks",
         x=0.02,
