@@ -22,6 +22,7 @@ from metactl.sweep.score import gain
 
 _SHOWN = 10
 _COLUMNS = 4  # panels side by side
+_WIDEST = 24  # characters of a value below a panel
 _FIGURES = ("score", "score_low", "score_high", "default_loss", "loss")
 
 
@@ -156,7 +157,8 @@ def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> N
         else:
             names = sorted({str(v) for v in values})
             places = [float(names.index(str(v))) for v in values]
-            axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+            shown = [n if len(n) <= _WIDEST else f"no. {i}" for i, n in enumerate(names, start=1)]
+            axis.set_xticks(range(len(names)), shown, rotation=20, ha="right")
         for place, result in zip(places, results, strict=True):
             best = result is results[0]
             colour = "tab:green" if best else "tab:blue"

@@ -183,23 +183,19 @@ def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(
     run = Sweep(tmp_path, n_trials)
     run.start(cluster.address)
     rng = random.Random(0)
-    hit = set()
-    for i in range(n_kills):
-        run.until(lambda: run.workers())
-        pid, name = rng.choice(sorted(run.workers().items()))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        run.look()
-        before = run.newest[name]
-        hit.add(name)
-        run.until(lambda name=name, before=before: run.newest[name] > before or run.is_over(name))
-        if i == n_kills // 3:
+    killed = {}
+    while len(killed) < n_kills:
+        run.until(lambda: run.workers().keys() - killed.keys(), timeout=240)
+        for pid, name in rng.sample(sorted(run.workers().items()), 1):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed[pid] = name
+        if len(killed) == n_kills // 3 and lost in cluster.list_all_nodes():
             cluster.remove_node(lost, allow_graceful=False)
-        if i == 2 * n_kills // 3:
             cluster.add_node(num_cpus=1)
     assert "goes on from its checkpoint" in run.finish(600)
     run.require_whole()
-    for trial in [t for t in run.trials if t.name in hit][:2]:
+    for trial in [t for t in run.trials if t.name in killed.values()][:2]:
         undisturbed = run_trial(run.config, trial, tmp_path / "undisturbed", ignore)
         assert read_result(trial_folder(run.root, trial.name)) == undisturbed
 
