@@ -1,4 +1,4 @@
-"""Which settings of a sweep over meta-training matter, in shares of the gap that they close.
+"""Which settings of a sweep over meta-training matter.
 
     metactl sweep --config configs/sweep_study.yaml --run-dir runs/study
     metactl sweep --config configs/sweep_confirm.yaml --run-dir runs/confirm
@@ -6,7 +6,8 @@
 
 The gap lies between the best static setting on average and the best for each task, of a grid, on
 the tasks that scored the trials; both are chosen by runs with other seeds than those that score.
-Of every setting that was drawn: Spearman's rank correlation with the trials' score, with a
+Where choosing for each task gains nothing there is no gap, and what is said is how far trials end
+below the best static setting. Of every setting that was drawn: Spearman's rank correlation with the trials' score, with a
 bootstrap interval over trials. Of settings that were repeated with other training seeds: the mean
 score of each, and the difference with an interval over seeds.
 """
@@ -57,8 +58,10 @@ def main(options: Options) -> None:
     for run_dir in options.run_dirs:
         config, results = read_sweep(run_dir)
         for result in results:
+            below = gap["best_static"] - result["loss"]
             room = gap["best_static"] - gap["per_task_best"]
-            result["gap_closed"] = (gap["best_static"] - result["loss"]) / room
+            result["below_best_static"] = below
+            result["gap_closed"] = below / room if room > 0 else None
         figures["sweeps"].append(
             {
                 "results": results,
@@ -140,7 +143,7 @@ def repeated(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "setting": key,
             "seeds": [result["changes"]["seed"] for result in found],
             "scores": scores(found),
-            "gap_closed": float(np.mean([result["gap_closed"] for result in found])),
+            "below_best_static": float(np.mean([r["below_best_static"] for r in found])),
             "minus_best": asdict(paired_difference(np.array(scores(found)), best)),
         }
         for key, found in groups
