@@ -7,9 +7,9 @@
 The gap lies between the best static setting on average and the best for each task, of a grid, on
 the tasks that scored the trials; both are chosen by runs with other seeds than those that score.
 Where choosing for each task gains nothing there is no gap, and what is said is how far trials end
-below the best static setting. Of every setting that was drawn: Spearman's rank correlation with the trials' score, with a
-bootstrap interval over trials. Of settings that were repeated with other training seeds: the mean
-score of each, and the difference with an interval over seeds.
+below the best static setting. Of every setting that was drawn: Spearman's rank correlation with the
+trials' score, with a bootstrap interval over trials. Of settings that were repeated with other
+training seeds: the mean score of each, and the difference with an interval over seeds.
 """
 
 import itertools
