@@ -17,7 +17,7 @@ from metactl.train import train
 
 environment = EnvironmentConfig(id="tracking_plant:Tracking-v0", n_workers=0)
 config = TrainConfig(
-    environment=environment, ppo=PPOConfig(total_timesteps=16 * 40 * 12, batch_size=320)
+    environment=environment, ppo=PPOConfig(total_timesteps=16 * 40 * 12, batch_size=64)
 )
 policy = train(config, Path(sys.argv[1]))
 loop = ControlLoop(Tracking(16), ControlConfig())
