@@ -51,7 +51,7 @@ test: lint
 	@$(BIN)/python -m pytest
 
 soak: $(STAMP)
-	@echo "soak: a simulated cluster that loses workers, nodes and drivers (about 15 minutes)"
+	@echo "soak: a simulated cluster that loses workers, nodes and drivers (about 6 minutes)"
 	@$(BIN)/python -m pytest -m soak
 
 clean:

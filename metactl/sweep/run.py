@@ -33,6 +33,7 @@ from metactl.sweep.result import STOPPED, merit, read_result
 from metactl.sweep.trial import run_trial
 from metactl.sweep.watcher import last_line, require_room, tune_watcher
 
+Trainable = Callable[[dict[str, Any]], None]
 _GRACE = 10  # percent of a trial's budget before it may be given up
 
 
@@ -91,16 +92,12 @@ def run_sweep(
 
 
 def _is_over(root: Path, trial: Trial) -> bool:
-    folder = trial_folder(root, trial.name)
-    return read_result(folder) is not None or (folder / STOPPED).exists()
+    return read_result(trial_folder(root, trial.name)) is not None or _is_stopped(root, trial)
 
 
 def _is_stopped(root: Path, trial: Trial) -> bool:
     folder = trial_folder(root, trial.name)
     return (folder / STOPPED).exists() and read_result(folder) is None
-
-
-Trainable = Callable[[dict[str, Any]], None]
 
 
 def _tuned(

@@ -1,6 +1,9 @@
 """Shards as Ray actors: the trajectories of worker processes, also when an actor is lost."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -93,6 +96,20 @@ def test_a_policy_learned_on_actors_is_that_learned_on_processes(ray, tmp_path):
         weights.append({name: w.tolist() for name, w in policy.weights.items()})
         assert policy.card.set_points is not None
     assert weights[0] == weights[1]
+
+
+def test_nobody_without_its_token_uses_a_cluster_of_ones_own(ray):
+    address = ray.get_runtime_context().gcs_address
+    stranger = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ray; ray.init(address={address!r})"],
+        env=stranger,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "InvalidAuthToken" in done.stderr
 
 
 def test_without_a_cluster_shards_on_ray_say_what_to_do(monkeypatch):
