@@ -16,6 +16,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Two workers share the files; those that start a Ray cluster begin, one after the other."""
+    clusters = ("test_sweep", "test_ray")
+    items.sort(key=lambda item: not item.path.name.startswith(clusters))
+    for item in items:
+        name = item.path.name
+        group = "clusters" if name.startswith(clusters) else name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self, seen):
         super().__init__()

@@ -24,11 +24,14 @@ class Guard(BaseController):
       the loss at no new best) the drive of `metactl.homeostasis` to `drive_band` times what it was
       then, where the controller has set-points, the knobs go back to where they were; if it stays
       out for `patience` more control steps, to their defaults.
+    - When the loss has fallen by as much again from the worst that it was since, the run recovers
+      from whatever threw it: the controller acts again, and its best counts from there.
     - A controller that raises is switched off for good, with one warning.
 
     Args:
         controller: Who is guarded.
-        band: Rise of the log loss over its best that is tolerated; by default the controller's.
+        band: Rise of the log loss over its best that is tolerated, and fall from its worst that is
+            a recovery; by default the controller's.
         drive_band: Rise of the drive that is tolerated, as a factor; in balance it counts as 1.
         patience: Control steps at the last good knobs before the defaults are tried.
         n_control_steps: Decisions per run.
@@ -38,7 +41,7 @@ class Guard(BaseController):
         reasons: Per run, why the last action was not the controller's; empty where it was.
     """
 
-    memory = ("_best", "_calm", "_outside", "_good", "vetoes", "failed")
+    memory = ("_best", "_worst", "_calm", "_outside", "_good", "vetoes", "failed")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Guard(BaseController):
         super().begin(codec, n_runs)
         self.controller.begin(codec, n_runs)
         self._best = np.full(n_runs, np.inf)
+        self._worst = np.full(n_runs, -np.inf)
         self._calm = np.full(n_runs, np.inf)
         self._outside = np.zeros(n_runs, dtype=np.int64)
         self._good = codec.knobs.default_positions(n_runs)
@@ -70,7 +74,8 @@ class Guard(BaseController):
         return {**super().state_dict(), "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({"_calm": to_json(self._calm), **state})  # older states lack it
+        newer = {name: to_json(getattr(self, name)) for name in ("_calm", "_worst")}
+        super().load_state_dict({**newer, **state})  # older states lack them
         self.controller.load_state_dict(state["controller"])
 
     def act(self, observation: np.ndarray, diverged: np.ndarray | None = None) -> np.ndarray:
@@ -86,13 +91,17 @@ class Guard(BaseController):
         loss = self._loss(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
+        recovers = (loss > self._best) & (loss < self._worst - self.band)
+        self._best = np.where(recovers, loss, self._best)
         improved = np.isfinite(loss) & (loss <= self._best)
         drive = self._drive(observation)
         upset = ~improved & (drive > self.drive_band * self._calm)
         out = ~np.isfinite(loss) | (loss > self._best + self.band) | upset
         self._outside = np.where(out, self._outside + 1, 0)
+        highest = np.maximum(self._worst, np.where(np.isfinite(loss), loss, -np.inf))
+        self._worst = np.where(out, highest, -np.inf)
         inside = ~out
-        self._best = np.minimum(self._best, loss)
+        self._best = np.fmin(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
         begun = self.codec.read(observation, "signal/progress") > -1  # vitals were measured
         self._calm = np.where(improved & begun, np.maximum(drive, BALANCE), self._calm)

@@ -255,6 +255,21 @@ def test_when_the_loss_leaves_the_band_knobs_go_to_where_they_were_good_then_to_
     assert guard.act(observation(positions=now, **{level: -0.9}, **has)).tolist() == [[1, 1]]
 
 
+def test_a_run_that_recovers_from_what_threw_it_is_given_back_and_guarded_from_there():
+    guard = guarded(np.array([[1.0, 1.0]]), patience=1, band=0.2)
+
+    def acts(level):
+        seen = observation(positions=(0.9, 0.9), signal__train_level=level)
+        return guard.act(seen).tolist() == [[1, 1]]
+
+    assert acts(-1.0)
+    assert not any([acts(-0.3), acts(np.nan), acts(-0.2), acts(-0.39)])  # thrown: 0.2 from -0.2
+    assert acts(-0.41)  # no longer as good as it was, but 0.21 better than at its worst
+    assert acts(-0.22)  # within a band of where it came back
+    assert not acts(-0.2)
+    assert acts(-0.6) and acts(-0.41) and not acts(-0.39)
+
+
 def test_the_guard_takes_over_sooner_under_a_learned_policy_than_under_a_rule():
     assert Guard(Learned(Policy.load("default"))).band < Guard(Static()).band
     assert Guard(Learned(Policy.load("default")), band=0.5).band == 0.5
