@@ -61,19 +61,19 @@ def n_shards(environment: EnvironmentConfig) -> int:
     return max(default_workers(), len(environment.variants))
 
 
-def build_shards(config: TrainConfig, *, unlike: bool = True) -> ShardRow:
-    """The runs that a policy learns on; not `unlike`, all of them without variants."""
+def build_shards(config: TrainConfig, *, healthy: bool = False) -> ShardRow:
+    """The runs that a policy learns on; `healthy`: without variants, and nothing befalls them."""
     environment = config.environment
     workers = n_shards(environment)
-    variants = environment.variants if unlike else ()
+    variants = () if healthy else environment.variants
+    unwanted = ("disturb",) if healthy else ()
+    options = {name: v for name, v in environment.options.items() if name not in unwanted}
     spawn: Callable[..., Worker] = ProcessWorker
     if environment.shards == "ray":
         from metactl.ray_worker import RayWorker
 
         spawn = partial(RayWorker, gpus=environment.gpus_per_shard)
-    return ShardRow(
-        environment.id, environment.n_envs, environment.options, workers, variants, spawn
-    )
+    return ShardRow(environment.id, environment.n_envs, options, workers, variants, spawn)
 
 
 def train(
@@ -133,8 +133,8 @@ def train(
     policy = _to_policy(model, about, config, scales)
     policy.save(run_dir / "policy")
     if config.set_point_runs:
-        with build_shards(config, unlike=False) as alike:
-            points = healthy_set_points(alike, config.set_point_runs, config.seed)
+        with build_shards(config, healthy=True) as healthy:
+            points = healthy_set_points(healthy, config.set_point_runs, config.seed)
         policy = Policy(replace(policy.card, set_points=points), policy.weights)
         policy.save(run_dir / "policy")
     return policy
