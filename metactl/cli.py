@@ -217,6 +217,8 @@ def _evaluate(command: Evaluate) -> int:
         settings=[parse_setting(text) for text in command.static],
         controls=True,
         each_group=full,
+        each_knob=full,
+        beforehand=full,
         population=8 if full else 0,
         disturbed=full,
         schedule_runs=command.schedule_runs,

@@ -8,6 +8,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +47,7 @@ class PolicyCard:
         knobs: What it moves, in the order of its actions.
         observations: What it observes, by name, in order.
         hidden: Units of the hidden tanh layers.
+        members: Networks whose actions are averaged.
         n_control_steps: Decisions per run in training.
         training: Configuration it was trained with.
         evaluation: Figures it reached, by name.
@@ -62,6 +64,7 @@ class PolicyCard:
     n_control_steps: int
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    members: int = 1
     clip: float = 10.0
     set_points: SetPoints | None = None
     weights_sha256: str = ""
@@ -86,12 +89,13 @@ def find_policy(policy: str | Path) -> Path:
 
 
 class Policy:
-    """A normaliser and a small tanh network: observation -> mean action.
+    """A normaliser and a small tanh network, or several of them: observation -> mean action.
 
     Args:
         card: What it is.
         weights: `mean` and `std` of the observations; `weight_0`, `bias_0`, ... of the layers,
-            the last of which gives the actions.
+            the last of which gives the actions. With several members, each has its own, along a
+            leading dimension.
 
     Raises:
         PolicyError: If the weights do not fit the card.
@@ -100,9 +104,13 @@ class Policy:
     def __init__(self, card: PolicyCard, weights: dict[str, FloatArray]) -> None:
         self.card, self.weights = card, dict(sorted(weights.items()))
         sizes = (len(card.observations), *card.hidden, len(card.knobs))
-        expected: dict[str, tuple[int, ...]] = {"mean": sizes[:1], "std": sizes[:1]}
+        if card.members < 1:
+            raise PolicyError(f"policy card: members must be at least 1, got {card.members}")
+        shapes: dict[str, tuple[int, ...]] = {"mean": sizes[:1], "std": sizes[:1]}
         for i, (n_in, n_out) in enumerate(pairwise(sizes)):
-            expected |= {f"weight_{i}": (n_out, n_in), f"bias_{i}": (n_out,)}
+            shapes |= {f"weight_{i}": (n_out, n_in), f"bias_{i}": (n_out,)}
+        several = () if card.members == 1 else (card.members,)
+        expected = {name: several + shape for name, shape in shapes.items()}
         found = {name: tuple(value.shape) for name, value in weights.items()}
         if found != expected:
             raise PolicyError(f"policy weights must have shapes {expected}, got {found}")
@@ -114,17 +122,47 @@ class Policy:
         if not (weights["std"] > 0).all():
             raise PolicyError("policy weight 'std' must be above 0 everywhere")
         self._n_layers = len(sizes) - 1
+        self._members = {
+            name: value.reshape(card.members, *shapes[name]) for name, value in weights.items()
+        }
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n_runs, n_knobs]` in [-1, 1]."""
-        x = (observation - self.weights["mean"]) / self.weights["std"]
+        weights = self._members
+        x = (observation[None] - weights["mean"][:, None]) / weights["std"][:, None]
         x = np.clip(x, -self.card.clip, self.card.clip)
         for i in range(self._n_layers):
             # einsum, not a matrix product: one row's action must not depend on how many rows.
-            x = np.einsum("ri,oi->ro", x, self.weights[f"weight_{i}"]) + self.weights[f"bias_{i}"]
+            x = np.einsum("mri,moi->mro", x, weights[f"weight_{i}"])
+            x = x + weights[f"bias_{i}"][:, None]
             if i < self._n_layers - 1:
                 x = np.tanh(x)
-        return np.clip(x, -1.0, 1.0)
+        actions: np.ndarray = np.clip(x, -1.0, 1.0).mean(axis=0)
+        return actions
+
+    @classmethod
+    def mean_of(cls, policies: Sequence["Policy"]) -> "Policy":
+        """One policy that acts as several do on average; the rest of its card is the first's.
+
+        Raises:
+            PolicyError: If they do not see and move the same, or are not of one shape.
+        """
+        first = policies[0].card
+        for name in ("knobs", "observations", "hidden", "n_control_steps", "clip"):
+            if any(getattr(policy.card, name) != getattr(first, name) for policy in policies):
+                raise PolicyError(f"Policies that differ in {name} have no mean")
+        if len(policies) == 1:
+            return policies[0]
+        stacked = {
+            name: np.concatenate([policy._members[name] for policy in policies])
+            for name in policies[0].weights
+        }
+        return cls(replace(first, members=len(stacked["mean"])), stacked)
+
+    def member(self, index: int) -> "Policy":
+        """One of the networks by itself."""
+        alone = {name: value[index] for name, value in self._members.items()}
+        return Policy(replace(self.card, members=1), alone)
 
     def with_evaluation(self, figures: dict[str, Any]) -> "Policy":
         """The same policy with figures on its card."""
@@ -134,7 +172,7 @@ class Policy:
         """Writes the policy into a folder, each file atomically, the card last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        blob = save_tensors({name: np.ascontiguousarray(w) for name, w in self.weights.items()})
+        blob = save_tensors({name: _compact(weight) for name, weight in self.weights.items()})
         card = TypeAdapter(PolicyCard).dump_python(self.card, mode="json")
         card["weights_sha256"] = hashlib.sha256(blob).hexdigest()
         write_atomically(folder / "weights.safetensors", blob)
@@ -164,6 +202,12 @@ class Policy:
             return cls(card, {name: w.astype(np.float64) for name, w in weights.items()})
         except PolicyError as error:
             raise PolicyError(f"Policy {str(folder)!r}: {error}") from error
+
+
+def _compact(weight: FloatArray) -> np.ndarray:
+    """As numbers of half the size, where these are the same numbers."""
+    single = np.ascontiguousarray(weight, dtype=np.float32)
+    return single if np.array_equal(single, weight) else np.ascontiguousarray(weight)
 
 
 def _read(path: Path) -> bytes:

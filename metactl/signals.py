@@ -16,6 +16,7 @@ from metactl.run import Measurement
 BOUND = 10.0
 _TINY = 1e-12
 FAST, SLOW = 0.05, 0.2  # half-lives, in units of progress
+GAP_SCALE = 4.0  # of the generalisation gap
 
 _COLUMNS = (
     "progress",
@@ -149,7 +150,8 @@ def probe_slope_slow(history: History) -> FloatArray:
 
 def generalisation_gap(history: History) -> FloatArray:
     """log(probe loss / train loss): positive when the run fits its data better than new data."""
-    return 4 * log_ratio(history.latest("probe_loss"), history.latest("train_loss"))
+    gap = log_ratio(history.latest("probe_loss"), history.latest("train_loss"))
+    return GAP_SCALE * gap
 
 
 def gap_slope(history: History) -> FloatArray:

@@ -4,6 +4,7 @@ import numpy as np
 
 from metactl.controllers.base import BaseController
 from metactl.knobs import FloatArray
+from metactl.signals import Codec
 
 
 class Schedule(BaseController):
@@ -24,7 +25,37 @@ class Schedule(BaseController):
             )
         self.share = 1 / n_control_steps
 
-    def act(self, observation: np.ndarray) -> np.ndarray:
+    def wanted(self, observation: np.ndarray) -> FloatArray:
+        """Positions `[n_runs, n_knobs]` at the end of the coming control step."""
         now = (self.codec.read(observation, "signal/progress") + 1) / 2 + self.share
         columns = [np.interp(now, self.progress, column) for column in self.positions.T]
-        return self.towards(np.stack(columns, axis=1), observation, self.share)
+        return np.stack(columns, axis=1)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        return self.towards(self.wanted(observation), observation, self.share)
+
+
+class ContextualSchedule(BaseController):
+    """A schedule that is told how much data the task has: it reads no other signal.
+
+    Args:
+        schedule: Positions where the context is 0.
+        slopes: `[len(progress), n_knobs]`: what a context of 1 adds to them.
+        context: The entry of the observation that tells the tasks apart.
+    """
+
+    def __init__(
+        self, schedule: Schedule, slopes: FloatArray, context: str = "signal/data_pressure"
+    ) -> None:
+        self.schedule, self.context = schedule, context
+        self.slopes = Schedule(schedule.progress, slopes, round(1 / schedule.share))
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        self.schedule.begin(codec, n_runs)
+        self.slopes.begin(codec, n_runs)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        told = self.codec.read(observation, self.context)[:, None]
+        wanted = self.schedule.wanted(observation) + told * self.slopes.wanted(observation)
+        return self.towards(np.clip(wanted, 0, 1), observation, self.schedule.share)

@@ -8,12 +8,15 @@ from scipy.stats import qmc
 
 from metactl.controllers import (
     BaseController,
+    GapDriven,
     Guard,
     Learned,
+    Plateau,
     RandomMoves,
     Replay,
     Responsive,
     Static,
+    Together,
     WithSignalsOf,
 )
 from metactl.env import Episode
@@ -40,12 +43,14 @@ class Arm:
         positions: Where the knobs begin, `[n_knobs]` in [0, 1].
         controllers: Who moves them: one for all tasks, or one for each.
         other_seed: Live through the same tasks with other weights, batches and noise.
+        available: Which knobs can be moved, `[n_knobs]` of 0 and 1; all by default.
     """
 
     name: str
     positions: FloatArray
     controllers: Sequence[BaseController]
     other_seed: bool = False
+    available: FloatArray | None = None
 
 
 def paired_episodes(n_tasks: int, seed: int, positions: FloatArray) -> list[Episode]:
@@ -77,6 +82,8 @@ def play_arms(
         episodes = paired_episodes(n_tasks, seed, arm.positions)
         for controller, episode in zip(controllers, episodes, strict=True):
             chosen = _with_other_seed(episode) if arm.other_seed else episode
+            if arm.available is not None:
+                chosen = replace(chosen, available=arm.available)
             trials.append(Trial(arm=arm.name, episode=chosen, controller=controller))
     played: Results = {arm.name: [] for arm in arms}
     for result in shards.play(trials, on_done):
@@ -119,6 +126,22 @@ def rule_arm(positions: FloatArray) -> Arm:
     return Arm(name="responsive rule", positions=positions, controllers=(Responsive(),))
 
 
+def more_rule_arms(knobs: KnobSet, positions: FloatArray) -> list[Arm]:
+    """What practitioners do by hand, where the run has the knob for it."""
+    plateau, gap = Plateau("learning_rate_multiplier"), GapDriven("dropout")
+    both = Together(Plateau(*plateau.moves), GapDriven(*gap.moves))
+    rules: dict[str, Plateau | GapDriven | Together] = {
+        "plateau rule (learning rate)": plateau,
+        "gap rule (dropout)": gap,
+        "plateau and gap rules": both,
+    }
+    return [
+        Arm(name=name, positions=positions, controllers=(rule,))
+        for name, rule in rules.items()
+        if set(rule.moves) <= set(knobs.names)
+    ]
+
+
 def random_arm(positions: FloatArray, n_tasks: int, seed: int) -> Arm:
     """Knobs that move without looking, in each task in its own way."""
     controllers = [RandomMoves(seed * 100_003 + task) for task in range(n_tasks)]
@@ -131,6 +154,24 @@ def random_arm(positions: FloatArray, n_tasks: int, seed: int) -> Arm:
 def policy_arm(policy: Policy, positions: FloatArray) -> Arm:
     """The policy as users get it: guarded."""
     return Arm(name="policy", positions=positions, controllers=(_guarded(policy),))
+
+
+def from_arm(policy: Policy, name: str, positions: FloatArray) -> Arm:
+    """The policy where somebody has set the knobs before."""
+    return replace(policy_arm(policy, positions), name=name)
+
+
+def knob_arms(policy: Policy, knobs: KnobSet, positions: FloatArray) -> list[Arm]:
+    """The policy with every knob alone, and with every knob left out; the others stay."""
+    if len(knobs) < 2:
+        return []
+    arms = []
+    for i, knob in enumerate(knobs.names):
+        alone = np.eye(len(knobs))[i]
+        for label, available in ((f"{knob} alone", alone), (f"without {knob}", 1 - alone)):
+            arm = policy_arm(policy, positions)
+            arms.append(replace(arm, name=f"policy, {label}", available=available))
+    return arms
 
 
 def _guarded(policy: Policy, controller: BaseController | None = None) -> Guard:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from metactl.controllers import BaseController, Learned, Schedule
+from metactl.controllers import BaseController, ContextualSchedule, Learned, Schedule
 from metactl.evaluation.arms import Arm, play_arms
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray
@@ -93,6 +93,23 @@ def best_schedule(search: Search) -> Arm:
     return search.best("best schedule", make, start, spread=_SPREAD, bounds=(0.0, 1.0))
 
 
+def best_contextual_schedule(search: Search) -> Arm:
+    """The best schedule that is told the task's data pressure, linear in it."""
+    n_control_steps = search.shards.describe()["n_control_steps"]
+    positions = search.positions
+    progress = np.concatenate(([0.0], KNOTS))
+
+    def make(vector: FloatArray) -> ContextualSchedule:
+        base, slopes = vector.reshape(2, len(KNOTS), -1)
+        schedule = Schedule(progress, np.concatenate((positions[None], base)), n_control_steps)
+        return ContextualSchedule(schedule, np.concatenate((0 * positions[None], slopes)))
+
+    start = np.tile(positions, len(KNOTS)).clip(0.1, 0.9)
+    start = np.concatenate((start, np.zeros_like(start)))
+    name = "schedule told the data size"
+    return search.best(name, make, start, spread=_SPREAD, bounds=(-1.0, 1.0))
+
+
 def best_linear_policy(search: Search, policy: Policy) -> Arm:
     """What search makes of what a policy sees: PPO's rival, on the same observations and knobs.
 
@@ -100,6 +117,7 @@ def best_linear_policy(search: Search, policy: Policy) -> Arm:
         search: On tasks of meta-training.
         policy: Its card and its normaliser are the rival's too.
     """
+    policy = policy.member(0)
     card = replace(policy.card, hidden=())
     n_out, n_in = len(card.knobs), len(card.observations)
     normaliser = {name: policy.weights[name] for name in ("mean", "std")}

@@ -11,6 +11,9 @@ from metactl.evaluation.arms import (
     Arm,
     Results,
     chosen_arm,
+    from_arm,
+    knob_arms,
+    more_rule_arms,
     other_seed_arm,
     play_arms,
     policy_arm,
@@ -22,10 +25,16 @@ from metactl.evaluation.arms import (
     swapped_arms,
     yoked_arm,
 )
+from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import check_populations, play_pbt
 from metactl.evaluation.place import Counter, Where
-from metactl.evaluation.search import Search, best_linear_policy, best_schedule
+from metactl.evaluation.search import (
+    Search,
+    best_contextual_schedule,
+    best_linear_policy,
+    best_schedule,
+)
 from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
@@ -47,10 +56,13 @@ class EvaluationPlan:
         settings: Further static settings by knob name, in the grid and as arms of their own.
         controls: Random moves, yoked runs, signals of another run: what tells feedback apart.
         each_group: Swap every group of signals alone too.
+        each_knob: Give the policy every knob alone, and leave every knob out.
+        beforehand: Also choose static settings on as many tasks of meta-training, told how much
+            data a task has and not; start the policy from the best static setting.
         population: Members of population-based training on each task; 0 leaves it out.
         disturbed: Play the main arms again, with something befalling every run.
         schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
-            meta-training; 0 leaves it out.
+            meta-training, and again for one that is told the data size; 0 leaves them out.
         linear_runs: The same for the best linear policy, on what the policy sees.
     """
 
@@ -60,6 +72,8 @@ class EvaluationPlan:
     settings: Sequence[Mapping[str, float]] = ()
     controls: bool = False
     each_group: bool = False
+    each_knob: bool = False
+    beforehand: bool = False
     population: int = 0
     disturbed: bool = False
     schedule_runs: int = 0
@@ -112,13 +126,18 @@ def evaluate(
         points = static_grid(knobs, plan.grid_points)
         grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
         chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
-        first = [policy_arm(policy, default), rule_arm(default), *grid, *chosen]
+        rules = [rule_arm(default), *more_rule_arms(knobs, default)]
+        first = [policy_arm(policy, default), *rules, *grid, *chosen]
         if plan.controls:
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
+        if plan.each_knob:
+            first += knob_arms(policy, knobs, default)
         n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
-        n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population + 4 * plan.disturbed
-        n_arms += (plan.schedule_runs > 0) + (plan.linear_runs > 0)
-        count = Counter(n * n_arms + plan.schedule_runs + plan.linear_runs, progress)
+        n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population
+        n_arms += plan.disturbed * (3 + len(rules))
+        n_arms += 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+        n_arms += plan.beforehand * (1 + len(grid) + len(chosen))
+        count = Counter(n * n_arms + 2 * plan.schedule_runs + plan.linear_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
@@ -130,9 +149,19 @@ def evaluate(
         if plan.population:
             played = play_pbt(shards, plan.population, n, plan.seed, default, count)
             results[f"PBT, best of {plan.population}"] = played
+        names = about["observation_names"]
+        if plan.beforehand:
+            settings = [*grid, *chosen]
+            with closing(where.open(split="meta_train")) as training:
+                tuning = play_arms(training, settings, n, plan.seed, count)
+            tuned = TunedBeforehand(tuning, names).chosen(results)
+            start = tuned["best static of training tasks"][0].positions[0]
+            tuned |= play_arms(
+                shards, [from_arm(policy, "policy from there", start)], n, plan.seed, count
+            )
+            results |= tuned
     grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
     results = _select_static(results, grid_names, chosen_names)
-    names = about["observation_names"]
     explained = moves_explained_by_progress(results["policy"], knobs.names)
     best_setting = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
     summary = {
@@ -154,7 +183,7 @@ def evaluate(
         best = results["best static"][0].positions[0]
         arms = [
             policy_arm(policy, default),
-            rule_arm(default),
+            *rules,
             static_arm("best static", best),
             replay_arm(results["policy"], default),
         ]
@@ -180,6 +209,7 @@ def _searched(
 
         if plan.schedule_runs:
             found.append(best_schedule(search(plan.schedule_runs)))
+            found.append(best_contextual_schedule(search(plan.schedule_runs)))
         if plan.linear_runs:
             found.append(best_linear_policy(search(plan.linear_runs), policy))
     return found

@@ -22,6 +22,10 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         ConfigError: With the words of whatever refuses it.
     """
     require_searcher(config)
+    if config.mean_of > len(trials):
+        raise ConfigError(
+            f"mean_of must be at most {len(trials)}, the number of trials, got {config.mean_of}"
+        )
     elsewhere = config.resources.gpu > 0
     check_trials(trials, elsewhere=elsewhere)
     if not config.is_population:

@@ -117,6 +117,8 @@ class SweepConfig:
             (`"apply"`) or by knob (`"knobs"`): the values.
         samples: Draws for each combination of the grids.
         n_tasks: Paired tasks by which a policy is scored.
+        mean_of: Of kind `"train"`: the policy that a sweep leaves acts as so many of its best do on
+            average.
         resources: Of one trial.
         searcher: `"random"`, or `"optuna"`: what is drawn comes from what the finished trials show,
             whatever their grid values.
@@ -136,6 +138,7 @@ class SweepConfig:
     space: dict[str, Range] = field(default_factory=dict)
     samples: int = 1
     n_tasks: int = 16
+    mean_of: int = 1
     resources: Resources = field(default_factory=Resources)
     searcher: Literal["random", "optuna"] = "random"
     scheduler: Literal["none", "asha", "pbt", "pb2"] = "none"
@@ -145,14 +148,16 @@ class SweepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = (("samples", 1), ("n_tasks", 2), ("max_failures", 0), ("seed", 0), ("every", 1))
-        for name, low in counts:
+        least = {"samples": 1, "n_tasks": 2, "mean_of": 1, "max_failures": 0, "seed": 0, "every": 1}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.space:
             raise ValueError("space is empty: name at least one key to vary")
         if self.options and self.kind == "train":
             raise ValueError("options are of kinds 'apply' and 'knobs'; a recipe has its own")
+        if self.mean_of > 1 and self.kind != "train":
+            raise ValueError(f"mean_of is of kind 'train'; kind {self.kind!r} learns no policies")
         if self.kind == "apply" and (self.scheduler != "none" or self.stop.patience):
             raise ValueError(
                 f"scheduler {self.scheduler!r} and patience compare learning; kind 'apply' learns "

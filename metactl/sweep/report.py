@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from metactl.files import write_atomically
+from metactl.policy import Policy
 from metactl.rundir import write_json
 from metactl.statistics import paired_difference
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
@@ -29,7 +30,7 @@ _FIGURES = ("score", "score_low", "score_high", "default_loss", "loss")
 def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, root: Path) -> None:
     """Writes `results.json`, `results.csv`, `search.png` and `tb/`.
 
-    The policy of the best trial becomes `policy/`.
+    The policy of the best trial, or the mean of the best ones, becomes `policy/`.
     """
     write_json(
         root / "results.json",
@@ -57,9 +58,20 @@ def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, roo
         draw_schedules(root / "search.png", outcome.results, keys)
     else:
         draw_search(root / "search.png", outcome.results, keys)
-    winner = trial_folder(root, outcome.results[0]["trial"]) / "policy"
-    if winner.exists():
-        shutil.copytree(winner, root / "policy", dirs_exist_ok=True)
+    best = outcome.results[: config.mean_of]
+    winners = [trial_folder(root, result["trial"]) / "policy" for result in best]
+    if len(winners) > 1:
+        _mean_policy(winners, best).save(root / "policy")
+    elif winners[0].exists():
+        shutil.copytree(winners[0], root / "policy", dirs_exist_ok=True)
+
+
+def _mean_policy(folders: list[Path], results: list[dict[str, Any]]) -> Policy:
+    """What several trials do on average; its card says which."""
+    policy = Policy.mean_of([Policy.load(folder) for folder in folders])
+    members = [{name: result[name] for name in ("changes", "score")} for result in results]
+    training = {**policy.card.training, "mean_of": members}
+    return Policy(replace(policy.card, training=training), policy.weights)
 
 
 def against_policy(outcome: Outcome, root: Path) -> dict[str, Any]:

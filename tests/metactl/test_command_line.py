@@ -146,7 +146,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
-    arms |= {"random moves", "yoked", "another run's all signals"}
+    arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
@@ -164,14 +164,19 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
 ) -> None:
     report = tmp_path / "report.json"
     small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0, "--suite", "full")
+    small += ("--schedule-runs", 1)
     code = metactl("evaluate", "--policy", trained / "policy", "--json", report, *small)
     assert code == 0
     summary = json.loads(report.read_text())
     arms = summary["arms"]
     assert arms["PBT, best of 8"]["flops"] > 2 * arms["default"]["flops"]
     assert {"another run's probe loss", "another run's train loss"} <= set(arms)
+    assert {"policy, dropout alone", "policy, without dropout", "policy from there"} <= set(arms)
+    assert {"best static of training tasks", "the same by size of the data"} <= set(arms)
+    assert {"best schedule", "schedule told the data size"} <= set(arms)
     disturbed = summary["disturbed"]
-    assert set(disturbed["arms"]) == {"policy", "responsive rule", "best static", "replay"}
+    rules = {"responsive rule", "gap rule (dropout)"}
+    assert set(disturbed["arms"]) == rules | {"policy", "best static", "replay"}
     for figures in disturbed["arms"].values():
         assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
         assert figures["excess_loss_area"] != 0

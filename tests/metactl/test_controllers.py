@@ -8,13 +8,17 @@ from toy_plant import ToyPlant
 from metactl import Knob, KnobSet, Policy
 from metactl.controllers import (
     BaseController,
+    ContextualSchedule,
+    GapDriven,
     Guard,
     Learned,
+    Plateau,
     RandomMoves,
     Replay,
     Responsive,
     Schedule,
     Static,
+    Together,
     WithSignalsOf,
 )
 from metactl.env import ControlConfig, ControlLoop
@@ -126,6 +130,11 @@ def test_random_moves_are_reproducible_and_differ_between_seeds():
         Static(),
         RandomMoves(5),
         Responsive("a", patience=2),
+        Plateau("a"),
+        Together(Plateau("a"), GapDriven("b")),
+        ContextualSchedule(
+            Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]]), N), np.ones((2, 2))
+        ),
         Guard(Responsive("a", patience=2), n_control_steps=N),
         Learned(policy()),
         Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]]), N),
@@ -182,6 +191,45 @@ def test_the_rule_turns_round_when_a_move_did_not_help_and_goes_on_when_it_did()
 
 def test_the_rule_leaves_a_run_without_its_knob_alone():
     assert not responses(Responsive("rope_base"), [0.0] * 10).any()
+
+
+# Rules of practitioners ------------------------------------------------------------------------
+
+
+def test_a_plateau_lowers_its_knob_until_the_loss_improves_again():
+    levels = [-0.1, -0.2, -0.2, -0.2, -0.2, -0.2, -0.3, -0.3]
+    actions = responses(Plateau("a", patience=3), levels)
+    assert actions[:, 0].tolist() == [0, 0, 0, 0, -1, -1, 0, 0]
+    assert not actions[:, 1].any()
+
+
+@pytest.mark.parametrize(("gap", "move"), [(0.1, 1), (0.05, 0), (0.0, -1), (-0.1, -1)])
+def test_a_gap_between_the_losses_raises_what_regularises(gap, move):
+    rule = GapDriven("b")
+    rule.begin(CODEC, 1)
+    seen = observation(signal__generalisation_gap=4 * gap, has__probe_loss=1.0)
+    assert rule.act(seen).tolist() == [[0, move]]
+    assert rule.act(observation(signal__generalisation_gap=4 * gap)).tolist() == [[0, 0]]
+
+
+def test_rules_together_move_each_their_own_and_go_on_where_they_were():
+    left, right = (Together(Plateau("a", patience=2), GapDriven("b")) for _ in range(2))
+    left.begin(CODEC, 1)
+    right.begin(CODEC, 1)
+    seen = observation(signal__generalisation_gap=0.4, has__probe_loss=1.0)
+    assert [left.act(seen).tolist() for _ in range(2)] == [[[0, 1]]] * 2
+    right.load_state_dict(left.state_dict())
+    assert left.act(seen).tolist() == right.act(seen).tolist() == [[-1, 1]]
+    assert left.moves == ("a", "b")
+
+
+def test_a_schedule_that_is_told_the_data_size_differs_by_it_alone():
+    schedule = Schedule(np.array([0.0, 1.0]), np.array([[0.25, 0.5], [0.25, 0.5]]), N)
+    told = ContextualSchedule(schedule, np.array([[0.0, 0.0], [0.2, 0.0]]))
+    told.begin(CODEC, 3)
+    middle = [observation(signal__data_pressure=x, signal__progress=-0.2) for x in (-1, 0, 1)]
+    moves = told.act(np.concatenate(middle)) * A.max_move / N  # progress 0.4, looking to 0.5
+    np.testing.assert_allclose(moves, [[-0.1, 0], [0, 0], [0.1, 0]], atol=1e-6)
 
 
 # The guard -------------------------------------------------------------------------------------

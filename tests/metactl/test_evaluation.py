@@ -17,13 +17,27 @@ from metactl.evaluation import (
     static_arm,
     summarise,
 )
-from metactl.evaluation.arms import Arm, random_arm, replay_arm, static_grid, yoked_arm
+from metactl.evaluation.arms import (
+    Arm,
+    knob_arms,
+    random_arm,
+    replay_arm,
+    static_grid,
+    yoked_arm,
+)
+from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.pbt import Takeovers, play_pbt
-from metactl.evaluation.search import Search, best_linear_policy, best_schedule
+from metactl.evaluation.search import (
+    Search,
+    best_contextual_schedule,
+    best_linear_policy,
+    best_schedule,
+)
 from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
 from metactl.homeostasis import SetPoints
+from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs
 from metactl.rollout import Trial, play
@@ -51,6 +65,21 @@ class Follow(BaseController):
 def result(shards, seed=0, **changes):
     played = play_arms(shards, [static_arm("one", DEFAULT)], 1, seed)["one"][0]
     return replace(played, **changes)
+
+
+def resting_policy(about, bias=0.0):
+    """A linear policy that sees nothing: a constant move of every knob."""
+    n = len(about["observation_names"])
+    card = PolicyCard(
+        format_version=1,
+        metactl_version="0",
+        knobs=tuple(about["knobs"]),
+        observations=tuple(about["observation_names"]),
+        hidden=(),
+        n_control_steps=N,
+    )
+    weights = {"weight_0": np.zeros((2, n)), "bias_0": np.full(2, bias)}
+    return Policy(card, {"mean": np.zeros(n), "std": np.ones(n), **weights})
 
 
 # Arms --------------------------------------------------------------------------------------------
@@ -98,6 +127,43 @@ def test_replay_makes_the_mean_moves_in_every_task(shards):
     mean = np.mean([run.positions for run in played], axis=0)
     for run in replayed:
         np.testing.assert_allclose(run.positions, mean, atol=1e-6)
+
+
+def test_a_knob_that_an_arm_leaves_out_stays_where_it_was(shards):
+    about = shards.describe()
+    arms = knob_arms(resting_policy(about, bias=0.5), KnobSet(about["knobs"]), DEFAULT)
+    assert [arm.name for arm in arms] == [
+        f"policy, {label}"
+        for label in ("rate alone", "without rate", "width alone", "without width")
+    ]
+    for arm, moving in zip(arms, (0, 1, 1, 0), strict=True):
+        moved = np.ptp(play_arms(shards, [arm], 1, 0)[arm.name][0].positions, axis=0) > 0
+        assert moved.tolist() == [i == moving for i in range(2)]
+
+
+def test_settings_are_tuned_beforehand_for_all_tasks_and_by_size_of_the_data(shards):
+    names = shards.describe()["observation_names"]
+    entry = names.index("signal/data_pressure")
+    one = result(shards)
+
+    def run(setting, pressure, loss):
+        seen = one.observations.copy()
+        seen[0, entry] = pressure
+        return replace(one, arm=setting, observations=seen, final_probe=loss)
+
+    def played(pressures):  # "low" is best on large data, "high" on small, "middle" on average
+        losses = {"low": lambda x: 2 + x, "high": lambda x: 2 - x, "middle": lambda x: 1.9 + x / 9}
+        return {
+            setting: [run(setting, x, loss(x)) for x in pressures]
+            for setting, loss in losses.items()
+        }
+
+    tuned = TunedBeforehand(played(np.linspace(-1, 1, 32)), names)
+    chosen = tuned.chosen(played([0.9, -5.0, 0.01, -0.9]))
+    assert [r.arm for r in chosen["best static of training tasks"]] == ["middle"] * 4
+    assert [r.arm for r in chosen["the same by size of the data"]] == ["high", "low", "high", "low"]
+    alike = TunedBeforehand(played([0.0] * 32), names).chosen(played([0.0]))  # nothing is told
+    assert [r.arm for runs in alike.values() for r in runs] == ["middle", "middle"]
 
 
 def test_signals_of_another_run_are_what_the_controller_acts_on(shards):
@@ -361,24 +427,20 @@ def test_the_searched_schedule_beats_every_static_setting_of_a_drifting_optimum(
 
 
 def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(shards):
-    about = shards.describe()
-    names, knobs = about["observation_names"], tuple(about["knobs"])
-    card = PolicyCard(
-        format_version=1,
-        metactl_version="0",
-        knobs=knobs,
-        observations=tuple(names),
-        hidden=(),
-        n_control_steps=N,
-    )
-    n = len(names)
-    weights = {"weight_0": np.zeros((2, n)), "bias_0": np.zeros(2)}
-    resting = Policy(card, {"mean": np.zeros(n), "std": np.ones(n), **weights})
+    resting = resting_policy(shards.describe())
     linear = best_linear_policy(searching(shards, 600), resting)
     static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
     played = play_arms(shards, [linear, *static], 4, 9)
     losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
     assert losses.pop("linear policy") < min(losses.values())
+
+
+def test_a_schedule_that_is_told_what_it_cannot_use_is_a_schedule(shards):
+    told = best_contextual_schedule(searching(shards, 600))
+    static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
+    played = play_arms(shards, [told, *static], 4, 9)
+    losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
+    assert losses.pop(told.name) < min(losses.values())
 
 
 def test_a_search_spends_its_budget_and_is_repeatable(shards):

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from metactl.policy import PolicyCard, find_policy
 N_SEEN = 5
 
 
-def make_policy(**changes):
-    rng = np.random.default_rng(0)
+def make_policy(seed=0, **changes):
+    rng = np.random.default_rng(seed)
     weights = {
         "mean": rng.normal(size=N_SEEN),
         "std": rng.uniform(0.5, 2, N_SEEN),
@@ -84,6 +85,34 @@ def test_a_policy_is_its_normaliser_and_a_tanh_network():
     hidden = np.tanh(((seen - w["mean"]) / w["std"]) @ w["weight_0"].T + w["bias_0"])
     expected = np.clip(hidden @ w["weight_1"].T + w["bias_1"], -1, 1)
     np.testing.assert_allclose(policy.act(seen), expected)
+
+
+def test_the_mean_of_policies_acts_as_they_do_on_average_and_survives_the_file(tmp_path):
+    policies = [make_policy(seed=seed) for seed in (1, 2, 3)]
+    mean = Policy.mean_of(policies)
+    seen = np.random.default_rng(5).normal(0, 3, (7, N_SEEN))
+    expected = np.mean([policy.act(seen) for policy in policies], axis=0)
+    np.testing.assert_allclose(mean.act(seen), expected, atol=1e-12)
+    mean.save(tmp_path / "mean")
+    kept = Policy.load(tmp_path / "mean")
+    assert np.array_equal(kept.act(seen), mean.act(seen)) and kept.card.members == 3
+    assert np.array_equal(kept.member(1).act(seen), policies[1].act(seen))
+    both = Policy.mean_of([mean, policies[0]])
+    np.testing.assert_allclose(both.act(seen), (3 * expected + policies[0].act(seen)) / 4)
+    assert Policy.mean_of(policies[:1]) is policies[0]
+
+
+def test_policies_of_unlike_shape_have_no_mean():
+    wider = make_policy()
+    other = Policy(replace(wider.card, clip=2.0), wider.weights)
+    with pytest.raises(PolicyError, match="differ in clip have no mean"):
+        Policy.mean_of([wider, other])
+
+
+@pytest.mark.parametrize("members", [-1, 0, 2])
+def test_a_number_of_members_that_the_weights_are_not_of_is_refused(folder, members):
+    edit_card(folder, members=members)
+    assert_refused(folder, "members" if members < 1 else "shapes")
 
 
 def test_saving_again_replaces_a_policy_and_leaves_no_other_files(folder):

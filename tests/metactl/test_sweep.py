@@ -16,9 +16,12 @@ import pytest
 from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
-from metactl.sweep.check import check_trials
+from metactl.policy import Policy
+from metactl.sweep.check import check_sweep, check_trials
 from metactl.sweep.config import SweepConfig, plan, trial_folder
+from metactl.sweep.report import write_report
 from metactl.sweep.result import RESULT, STOPPED, read_result
+from metactl.sweep.run import Outcome
 from metactl.sweep.searcher import POINT, placed, require_searcher
 from metactl.sweep.trial import run_trial
 
@@ -90,6 +93,8 @@ def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
         ({"resources": {"cpu": 0}}, ["cpu > 0"]),
         ({"sampels": 3}, ["'sampels'", "Did you mean 'samples'"]),
         ({"kind": "apply", "scheduler": "asha"}, ["'asha'", "learns nothing"]),
+        ({"kind": "apply", "mean_of": 2}, ["mean_of is of kind 'train'", "'apply'"]),
+        ({"mean_of": 0}, ["mean_of must be at least 1, got 0"]),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused_in_words(changes, parts):
@@ -294,6 +299,28 @@ def test_a_finished_trial_is_not_done_again(tmp_path):
     assert run_trial(config, trial, tmp_path, fail) == first
     (trial_folder(tmp_path, trial.name) / "result.json").write_text('{"score": 1')
     assert run_trial(config, trial, tmp_path, ignore) == first  # a torn file counts as none
+
+
+def test_a_sweep_leaves_the_mean_of_its_best_policies(tmp_path):
+    config = sweep(tmp_path, {"seed": {"grid": [3, 4, 5]}}, mean_of=2)
+    trials = plan(config)
+    results = [run_trial(config, trial, tmp_path, ignore) for trial in trials]
+    results.sort(key=lambda result: result["score"], reverse=True)
+    outcome = Outcome(results=results, stopped=[], failed={}, left=[])
+    write_report(config, trials, outcome, tmp_path)
+    left = Policy.load(tmp_path / "policy")
+    best = [Policy.load(trial_folder(tmp_path, r["trial"]) / "policy") for r in results[:2]]
+    seen = np.random.default_rng(0).normal(size=(5, len(left.card.observations)))
+    expected = np.mean([policy.act(seen) for policy in best], axis=0)
+    np.testing.assert_allclose(left.act(seen), expected, atol=1e-12)
+    members = left.card.training["mean_of"]
+    assert [member["score"] for member in members] == [r["score"] for r in results[:2]]
+
+
+def test_a_mean_of_more_policies_than_trials_is_refused_before_anything_starts(tmp_path):
+    config = sweep(tmp_path, {"seed": {"grid": [3, 4]}}, mean_of=3)
+    with pytest.raises(ConfigError, match="mean_of must be at most 2, the number of trials, got 3"):
+        check_sweep(config, plan(config))
 
 
 def test_a_policy_is_scored_where_the_space_says(tmp_path):

@@ -1,0 +1,98 @@
+"""Rules that practitioners apply by hand, one knob each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metactl.controllers.base import BaseController
+from metactl.signals import GAP_SCALE, Codec
+
+
+class Plateau(BaseController):
+    """Lowers a knob for as long as the loss does not improve (as PyTorch's ReduceLROnPlateau).
+
+    Args:
+        knob: The knob that is lowered, if the run has it.
+        patience: Control steps without improvement before it moves.
+        tolerance: Relative improvement of the best loss that counts.
+    """
+
+    memory = ("_best", "_waited")
+
+    def __init__(
+        self, knob: str = "learning_rate_multiplier", *, patience: int = 3, tolerance: float = 0.002
+    ) -> None:
+        self.moves = (knob,)
+        self.patience, self.tolerance = patience, tolerance
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        self._best = np.full(n_runs, np.inf)
+        self._waited = np.zeros(n_runs, dtype=np.int64)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        probed = self.codec.read(observation, "has/probe_loss") > 0
+        probe, train = (
+            self.codec.read(observation, f"signal/{split}_level") for split in ("probe", "train")
+        )
+        loss = np.where(probed, probe, train).astype(np.float64)
+        improved = loss < self._best - self.tolerance
+        self._best = np.fmin(self._best, loss)
+        self._waited = np.where(improved, 0, self._waited + 1)
+        actions = self.hold()
+        for name in set(self.moves) & set(self.codec.knobs.names):
+            column = self.codec.knobs.names.index(name)
+            actions[:, column] = np.where(self._waited >= self.patience, -1.0, 0.0)
+        return actions
+
+
+class GapDriven(BaseController):
+    """Raises a knob while a run fits its data better than new data, and lowers it otherwise.
+
+    Args:
+        knob: The knob that regularises, if the run has it.
+        low: Gap, as log(probe loss / train loss), below which the knob is lowered.
+        high: Gap above which it is raised.
+    """
+
+    def __init__(self, knob: str = "dropout", *, low: float = 0.02, high: float = 0.08) -> None:
+        self.moves = (knob,)
+        self.low, self.high = low, high
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        gap = self.codec.read(observation, "signal/generalisation_gap") / GAP_SCALE
+        measured = self.codec.read(observation, "has/probe_loss") > 0
+        move = (gap > self.high).astype(np.float64) - (gap < self.low)
+        actions = self.hold()
+        for name in set(self.moves) & set(self.codec.knobs.names):
+            actions[:, self.codec.knobs.names.index(name)] = np.where(measured, move, 0.0)
+        return actions
+
+
+class Together(BaseController):
+    """Several controllers that move different knobs.
+
+    Args:
+        controllers: Their actions are added.
+    """
+
+    def __init__(self, *controllers: Plateau | GapDriven) -> None:
+        self.controllers = controllers
+        self.moves = tuple(name for each in controllers for name in each.moves)
+
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        for controller in self.controllers:
+            controller.begin(codec, n_runs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"controllers": [each.state_dict() for each in self.controllers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for controller, kept in zip(self.controllers, state["controllers"], strict=True):
+            controller.load_state_dict(kept)
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        total = sum((each.act(observation) for each in self.controllers), start=self.hold())
+        return np.clip(total, -1.0, 1.0)
