@@ -48,6 +48,8 @@ class RunConfig:
             `orthogonality_weight` (with a free matrix). A base that does not exist is left out.
         disturb: Probability that something befalls a run at a random time (`envs.disturbances`).
         disturbances: What can: `"learning_rate"`, `"labels"`, `"switch"`, `"kick"`.
+        internal: Also read signals from inside the models (`metactl.signals.INTERNAL`), at each
+            control step; slower by about two optimizer steps.
         device: Torch device, such as `"cpu"` or `"cuda"`.
         cuda_graph: On a GPU, replay the optimizer step as one CUDA graph. Without it and without
             `compile`, a single run computes only what its knobs leave active.
@@ -81,6 +83,7 @@ class RunConfig:
     knobs: tuple[str, ...] = USUAL_KNOBS
     disturb: float = 0.0
     disturbances: tuple[str, ...] = KINDS
+    internal: bool = False
     device: str = "cpu"
     cuda_graph: bool = True
     compile: bool | None = None
@@ -107,6 +110,8 @@ class RunConfig:
                     f"{name} must be above 0 and finite, low <= high in a range, "
                     f"got {getattr(self, name)}"
                 )
+        if self.internal and self.batch_size < 2:
+            raise ValueError("internal signals compare two half batches; got batch_size=1")
         for name in ("batch_size", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -20,9 +20,12 @@ from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
 from metactl.knobs import Knob
 from metactl.run import DISTURBED, FloatArray, Measurement, TrainingRun
+from metactl.signals import INTERNAL_NAMES
 from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, training_flops
 from models.device import brought
+from models.internals import noise_scale
 
+_WATCHED = 8  # probe sequences from which internal signals are read
 _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
 _SCALE_STREAM = 6
@@ -106,6 +109,10 @@ class AdaptiveTransformerRun(TrainingRun):
     @property
     def knobs(self) -> Sequence[Knob]:
         return self._knobs
+
+    @property
+    def internal_names(self) -> Sequence[str]:
+        return INTERNAL_NAMES if self.config.internal else ()
 
     @property
     def horizon(self) -> int:
@@ -204,11 +211,34 @@ class AdaptiveTransformerRun(TrainingRun):
             tokens_seen=here.pop("step") * tokens_per_step,
             unique_tokens=here.pop("train_tokens"),
             n_parameters=np.full(self.n_runs, float(self.model.count_parameters())),
-            internal={DISTURBED: self.disturbances.befallen(self._rows["step"])}
-            if self.config.disturb
-            else {},
+            internal=self._internal(),
             **here,
         )
+
+    def _internal(self) -> dict[str, FloatArray]:
+        """What is known beyond the training loop, where the recipe asks for it."""
+        found = {}
+        if self.config.disturb:
+            found[DISTURBED] = self.disturbances.befallen(self._rows["step"])
+        if self.config.internal:
+            tokens, _ = self._reader.read(self._rows["probe"][:, :_WATCHED])
+            signals = self.model.internal_signals(tokens[..., :-1])
+            signals["gradient_noise_scale"] = self._gradient_noise_scale()
+            found |= {name: value.double().cpu().numpy() for name, value in signals.items()}
+        return found
+
+    def _gradient_noise_scale(self) -> Tensor:
+        """From the halves of the batch that comes next, without dropout."""
+        tokens, counted = self._reader.read(self._starts())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        half = self.config.batch_size // 2
+        gradients = []
+        for part in (slice(None, half), slice(half, 2 * half)):
+            mask = None if counted is None else counted[:, part]
+            logits = self.model(tokens[:, part, :-1])
+            loss = cross_entropy(logits, tokens[:, part, 1:], mask).sum()
+            gradients.append(list(torch.autograd.grad(loss, parameters, allow_unused=True)))
+        return noise_scale(*gradients)
 
     def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, ...]:
         """Losses and gradient norms; with `measure` median and largest update ratio, too."""

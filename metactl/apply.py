@@ -101,10 +101,11 @@ def _scalars(step: Step, n_runs: int) -> dict[str, float]:
         "signal/update_ratio": step.measurement.update_ratio_median,
         "perf/flops": step.measurement.flops,
     }
+    inside = {f"internal/{name}": value for name, value in step.measurement.internal.items()}
     knobs = {f"knob/{name}": value for name, value in step.values.items()}
     return {
         name: float(value[:n_runs].mean())
-        for name, value in {**measured, **knobs}.items()
+        for name, value in {**measured, **inside, **knobs}.items()
         if value is not None
     }
 

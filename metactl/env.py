@@ -19,7 +19,7 @@ from metactl.config import parse
 from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.run import Measurement, TrainingRun
-from metactl.signals import BOUND, GROUPS, Codec, History
+from metactl.signals import BOUND, INTERNAL, UNIVERSAL, Codec, History
 
 
 @validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -100,14 +100,15 @@ class ControlLoop:
     def __init__(self, run: TrainingRun, config: ControlConfig) -> None:
         self.run, self.config = run, config
         self.knobs = KnobSet(run.knobs)
-        self.codec = Codec(self.knobs)
+        inside = tuple(signal for signal in INTERNAL if signal.name in run.internal_names)
+        self.codec = Codec(self.knobs, (*UNIVERSAL, *inside))
         self.reward = ImprovementReward(scale=config.reward_scale)
         n, k = run.n_runs, len(self.knobs)
-        self.history = History(n, config.n_control_steps + 1)
+        self.history = History(n, config.n_control_steps + 1, run.internal_names)
         self.positions = self.knobs.default_positions(n)
         self.last_moves = np.zeros((n, k))
         self.available = np.ones((n, k))
-        self.visible = np.ones((n, len(GROUPS)))
+        self.visible = np.ones((n, len(self.codec.groups)))
         self.control_step = np.zeros(n, dtype=np.int64)
         self.value = np.zeros(n)
         self.start_loss = np.zeros(n)
@@ -145,7 +146,7 @@ class ControlLoop:
             run_seed=run_seed,
             positions=positions,
             available=available,
-            hidden=tuple(group for group in GROUPS if rng.random() < self.config.hide),
+            hidden=tuple(group for group in self.codec.groups if rng.random() < self.config.hide),
         )
 
     def reset(self, rows: Sequence[int], episodes: Sequence[Episode]) -> np.ndarray:
@@ -156,7 +157,7 @@ class ControlLoop:
         for row, episode in zip(rows, episodes, strict=True):
             self.positions[row] = episode.positions
             self.available[row] = episode.available
-            self.visible[row] = [group not in episode.hidden for group in GROUPS]
+            self.visible[row] = [group not in episode.hidden for group in self.codec.groups]
         self.run.apply(self.knobs.values(self.positions))
         loss = self.run.evaluate("probe", rows)
         self.history.reset(rows, {"progress": np.zeros(len(rows)), "probe_loss": loss})
@@ -241,7 +242,7 @@ def _shown(step: Step) -> dict[str, np.ndarray]:
     """What the runs showed, `[n_runs]` by name; never the test loss."""
     measured = {
         name: np.array(value, dtype=np.float64)
-        for name, value in step.measurement.arrays().items()
+        for name, value in {**step.measurement.internal, **step.measurement.arrays()}.items()
         if value is not None and name != "diverged"
     }
     knobs = {f"knob/{name}": np.array(value, np.float64) for name, value in step.values.items()}

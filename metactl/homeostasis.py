@@ -15,14 +15,21 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from metactl.knobs import FloatArray
-from metactl.signals import UNIVERSAL
+from metactl.signals import INTERNAL, UNIVERSAL
 
-VITALS = ("update_ratio", "generalisation_gap", "gradient_trend", "loss_noise")
+VITALS = (
+    "update_ratio",
+    "generalisation_gap",
+    "gradient_trend",
+    "loss_noise",
+    "attention_entropy",  # from here on where they are measured
+    "dormant_fraction",
+)
 BALANCE = 1.0  # drive up to which a run is in balance
 HELD = 3  # control steps in balance that count as settled
 _BINS = 10
 _WIDTH = 1e-3  # of a set-point, at least
-_GROUPS = {signal.name: signal.group for signal in UNIVERSAL}
+_GROUPS = {signal.name: signal.group for signal in (*UNIVERSAL, *INTERNAL)}
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -63,6 +70,8 @@ class SetPoints:
         progress = (seen[..., index["signal/progress"]] + 1) / 2
         total = np.zeros(progress.shape)
         for name in self.medians:
+            if f"signal/{name}" not in index:
+                continue
             median = np.interp(progress, self.progress, self.medians[name])
             width = np.interp(progress, self.progress, self.half_widths[name])
             beyond = np.abs(seen[..., index[f"signal/{name}"]] - median) / width - 1
@@ -86,6 +95,8 @@ def estimate(observations: np.ndarray, names: Sequence[str]) -> SetPoints:
     bins = np.clip(np.ceil(n_bins * progress - 1e-4) - 1, 0, n_bins - 1)  # (0, 0.1] is bin 0
     medians, half_widths = {}, {}
     for name in VITALS:
+        if f"signal/{name}" not in index:
+            continue
         flag = index.get(f"has/{_GROUPS[name]}")
         if flag is not None and not (seen[..., flag] > 0).all():
             continue  # these runs cannot say

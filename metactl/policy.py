@@ -123,7 +123,7 @@ class Policy:
             raise PolicyError("policy weight 'std' must be above 0 everywhere")
         self._n_layers = len(sizes) - 1
         self._members = {
-            name: value.reshape(card.members, *shapes[name]) for name, value in weights.items()
+            name: value.reshape(card.members, *shapes[name]) for name, value in self.weights.items()
         }
 
     def act(self, observation: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class Measurement:
         n_parameters: Trained parameters.
         flops: Floating-point operations spent since the start of the run.
         relative_cost: Cost of a step at the knobs in force over that at default knobs.
-        internal: Further named signals read from inside the model, passed to the board.
+        internal: Further named signals read from inside the model.
             `DISTURBED` is 1 where something has befallen a run, by the plant's own doing.
     """
 
@@ -83,6 +83,11 @@ class TrainingRun(abc.ABC):
     @abc.abstractmethod
     def knobs(self) -> Sequence[Knob]:
         """The knobs that these runs have."""
+
+    @property
+    def internal_names(self) -> Sequence[str]:
+        """Signals from inside the model that every measurement has (`metactl.signals.INTERNAL`)."""
+        return ()
 
     @abc.abstractmethod
     def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:

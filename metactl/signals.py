@@ -5,7 +5,7 @@ run and the size of the model (logs, ratios, slopes per unit of progress), so th
 on small runs reads large ones. A signal that a run cannot give is 0 and its group's flag says so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +39,16 @@ class History:
     Args:
         n_runs: Rows.
         length: Control steps remembered.
+        internal: Signals from inside the model that are remembered, too.
 
     Attributes:
         columns: By field of `Measurement` (and `progress`): `[n_runs, length]`, NaN where
             nothing was measured.
     """
 
-    def __init__(self, n_runs: int, length: int) -> None:
-        self.columns = {name: np.full((n_runs, length), np.nan) for name in _COLUMNS}
+    def __init__(self, n_runs: int, length: int, internal: Sequence[str] = ()) -> None:
+        names = (*_COLUMNS, *internal)
+        self.columns = {name: np.full((n_runs, length), np.nan) for name in names}
 
     def reset(self, rows: list[int], start: Mapping[str, FloatArray]) -> None:
         """Forgets some runs and notes what is known before their first step."""
@@ -56,10 +58,10 @@ class History:
                 column[rows, -1] = start[name]
 
     def append(self, progress: FloatArray, measurement: Measurement) -> None:
-        measured = {**measurement.arrays(), "progress": progress}
+        measured = {**measurement.internal, **measurement.arrays(), "progress": progress}
         for name, column in self.columns.items():
             column[:, :-1] = column[:, 1:]
-            newest = measured[name]
+            newest = measured.get(name)
             column[:, -1] = np.nan if newest is None else newest
 
     def __getitem__(self, name: str) -> FloatArray:
@@ -214,6 +216,31 @@ def cost_rate(history: History) -> FloatArray:
     return np.log2(np.maximum(history.latest("relative_cost"), _TINY))
 
 
+def attention_entropy(history: History) -> FloatArray:
+    """Logit of the entropy of attention over the largest possible, mean over queries and heads."""
+    return _logit(history.latest("attention_entropy"))
+
+
+def dormant_fraction(history: History) -> FloatArray:
+    """Logit of the share of hidden units that hardly ever answer (arXiv 2302.12902)."""
+    return _logit(history.latest("dormant_fraction"))
+
+
+def stable_rank(history: History) -> FloatArray:
+    """log10 of ||X||_F^2 / ||X||_2^2 of the final representations: 0 where they are all alike."""
+    return np.log10(np.maximum(history.latest("stable_rank"), _TINY))
+
+
+def gradient_noise_scale(history: History) -> FloatArray:
+    """log10 of the gradient's noise over its signal in one batch (arXiv 1812.06162)."""
+    return np.log10(np.maximum(history.latest("gradient_noise_scale"), _TINY))
+
+
+def _logit(share: FloatArray) -> FloatArray:
+    inside = np.clip(share, 1e-4, 1 - 1e-4)
+    return np.log(inside) - np.log1p(-inside)
+
+
 @dataclass(frozen=True)
 class Signal:
     """A named signal and the group whose absence masks it."""
@@ -246,6 +273,12 @@ UNIVERSAL = (
     Signal(epochs, "unique_tokens"),
     Signal(cost_rate, "relative_cost"),
 )
+INTERNAL = tuple(
+    Signal(function, function.__name__)
+    for function in (attention_entropy, dormant_fraction, stable_rank, gradient_noise_scale)
+)
+"""Optional: what runs can read from inside their model; the universal ones need no model."""
+INTERNAL_NAMES = tuple(signal.name for signal in INTERNAL)
 GROUPS = ("probe_loss", "gradient_norm", "update_ratio_median", "unique_tokens", "relative_cost")
 KNOB_ENTRIES = ("position", "last_move", "available")
 
@@ -264,13 +297,18 @@ class Codec:
     Args:
         knobs: The knobs of the run.
         signals: The signals observed, in order.
+
+    Attributes:
+        names: Of the entries.
+        groups: Of the signals that can be absent, in the order of their flags.
     """
 
     def __init__(self, knobs: KnobSet, signals: tuple[Signal, ...] = UNIVERSAL) -> None:
         self.knobs, self.signals = knobs, signals
+        self.groups = (*GROUPS, *(s.group for s in signals if s.group in INTERNAL_NAMES))
         self.names = (
             *(f"signal/{signal.name}" for signal in signals),
-            *(f"has/{group}" for group in GROUPS),
+            *(f"has/{group}" for group in self.groups),
             *(f"knob/{knob}/{entry}" for knob in knobs.names for entry in KNOB_ENTRIES),
         )
         self._index = {name: i for i, name in enumerate(self.names)}
@@ -298,7 +336,7 @@ class Codec:
         n = len(positions)
         out = np.zeros((n, len(self)), dtype=np.float64)
         known = {signal.group: np.isfinite(history.latest(signal.group)) for signal in self.signals}
-        for i, group in enumerate(GROUPS):
+        for i, group in enumerate(self.groups):
             if visible is not None:
                 known[group] = known[group] & (visible[:, i] > 0)
             out[:, len(self.signals) + i] = known[group]

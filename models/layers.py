@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.attention import banded_attention, masked_attention, toeplitz
 from models.cache import KeyValueCache
 from models.config import TransformerConfig
+from models.internals import Watch
 from models.knobs import Knobs
 from models.rotary import LayerTurn, Rotary, RotaryPass, fold, layer_heads
 
@@ -34,6 +35,7 @@ class Pass:
     rotary: RotaryPass
     batch: int
     cache: KeyValueCache | None
+    watch: Watch | None = None
 
 
 def attention(x: Tensor, block: nn.ParameterDict, state: Pass, layer: int) -> Tensor:
@@ -70,7 +72,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, state: Pass, layer: int) -> Tensor:
     relative = state.rotary
     by_distance = layer_heads(relative.by_distance, layer, state.n_heads)
     offset, seq = k.shape[3] - q.shape[3], k.shape[3]
-    if state.span is not None and state.cache is None and relative.bias is None:
+    plain = state.cache is None and state.watch is None
+    if state.span is not None and plain and relative.bias is None:
         return banded_attention(q, k, v, state.span, state.config.ramp, by_distance)
     bias = state.knobs.span_bias_rows(offset, seq)[:, None]
     if by_distance is not None:
@@ -78,6 +81,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, state: Pass, layer: int) -> Tensor:
     any_bias = layer_heads(relative.bias, layer, state.n_heads)
     if any_bias is not None:
         bias = bias + any_bias
+    if state.watch is not None:
+        head_dim = state.config.head_dim
+        gates = state.gate_heads[:, 0, : state.n_heads * head_dim : head_dim]
+        state.watch.attention(q, k, bias.to(q.dtype), head_dim, gates)
     return masked_attention(q, k, v, bias.to(q.dtype))
 
 
@@ -96,6 +103,8 @@ def feed_forward(x: Tensor, block: nn.ParameterDict, state: Pass) -> Tensor:
         h = F.silu(a) * b
     else:
         h = F.gelu(h)
+    if state.watch is not None:
+        state.watch.hidden(h, state.gate_hidden)
     back = _gated(block["ffn_out"][:, :hidden, :d], state.gate_model, state)
     return drop(torch.bmm(h, back), state)
 

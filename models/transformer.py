@@ -1,8 +1,6 @@
 """The adaptive transformer: N replicas in one tensor program, four knobs that move in flight."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,6 +12,8 @@ from models.cache import KeyValueCache
 from models.config import TransformerConfig
 from models.device import brought
 from models.generation import generate
+from models.initial import draw_weights
+from models.internals import Watch
 from models.knobs import Knobs
 from models.layers import Pass, attention, drop, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
@@ -66,8 +66,7 @@ class AdaptiveTransformer(nn.Module):
         super().__init__()
         if n_replicas < 1:
             raise ValueError(f"n_replicas must be at least 1, got {n_replicas}")
-        self.config = config
-        self.n_replicas = n_replicas
+        self.config, self.n_replicas = config, n_replicas
         self.sliced = n_replicas == 1 and not capturable if sliced is None else sliced
         if self.sliced and capturable:
             raise ValueError("Sliced execution depends on the knobs, so it is not capturable")
@@ -146,28 +145,10 @@ class AdaptiveTransformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, rows: list[int], seeds: list[int]) -> None:
-        """Draws fresh parameters for some replicas, each from its own seed.
-
-        GPT-2's scheme: normal with deviation 1/sqrt(fan in), projections back into the residual
-        stream smaller by 1/sqrt(2 n_layers); norms are one.
-        """
+        """Draws fresh parameters for some replicas, each by its own seed (`models.initial`)."""
         own = dict(self._own_parameters())
-        residual = 1 / math.sqrt(2 * self.config.n_layers)
-
-        def draw(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
-            leaf, shape = name.rsplit(".", 1)[-1], parameter.shape[1:]
-            if leaf.endswith("norm"):
-                return torch.ones(shape, dtype=parameter.dtype)
-            std = 1.0 if leaf == "embedding" else 1 / math.sqrt(shape[0])
-            std *= residual if leaf in ("attention_out", "ffn_out") else 1.0
-            normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-            return (normal * std).to(parameter.dtype)
-
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with ThreadPoolExecutor(
-            None if self.embedding.is_cuda else torch.get_num_threads()
-        ) as pool:
-            replicas = pool.map(lambda g: [draw(g, *each) for each in own.items()], generators)
+        replicas = draw_weights(own, self.config.n_layers, generators)
         for parameter, drawn in zip(own.values(), zip(*replicas, strict=True), strict=False):
             parameter[rows] = brought(torch.stack(drawn), parameter.device)
         for row, generator in zip(rows, generators, strict=True):
@@ -297,7 +278,7 @@ class AdaptiveTransformer(nn.Module):
 
     def count_parameters(self) -> int:
         """Parameters of one replica."""
-        return sum(p.numel() for p in self.parameters()) // self.n_replicas
+        return sum(p[0].numel() for p in self.parameters())
 
     # Forward ---------------------------------------------------------------------------------
 
@@ -334,15 +315,33 @@ class AdaptiveTransformer(nn.Module):
         cache.append_tokens(tokens, self.knobs.version)
         return logits[:, :, -seq:]
 
-    def _logits(self, tokens: Tensor, noise: Noise | None, cache: KeyValueCache | None) -> Tensor:
+    @torch.no_grad()
+    def internal_signals(
+        self, tokens: Int[Tensor, "replica batch seq"]
+    ) -> dict[str, Float[Tensor, " replica"]]:
+        """What goes on inside while these tokens are read, by name; see `models.internals`."""
+        self._logits(tokens, None, None, watch := Watch())
+        return watch.signals()
+
+    def _logits(
+        self,
+        tokens: Tensor,
+        noise: Noise | None,
+        cache: KeyValueCache | None,
+        watch: Watch | None = None,
+    ) -> Tensor:
         state = self._prepare(tokens, noise, cache)
+        state.watch = watch
         x = self._embed(tokens.flatten(1), state)
         for layer, module in enumerate(self.blocks):
             block = cast(nn.ParameterDict, module)
             x = x + attention(normalise(x, state), block, state, layer)
             x = x + feed_forward(normalise(x, state), block, state)
         weight = self.unembedding[:, : state.d_model] * self.final_norm[:, : state.d_model, None]
-        return torch.bmm(normalise(x, state), weight).view(*tokens.shape, -1)
+        x = normalise(x, state)
+        if watch is not None:
+            watch.final(x)
+        return torch.bmm(x, weight).view(*tokens.shape, -1)
 
     def penalty(self) -> Float[Tensor, " replica"]:
         """What the rotation adds to the loss: its weight times ||R R^T - I||_F^2."""

@@ -24,7 +24,7 @@ from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.rollout import Trial, TrialResult
 from metactl.shards import ShardRow
-from metactl.signals import UNIVERSAL
+from metactl.signals import INTERNAL_NAMES, UNIVERSAL
 
 SWAPPED_GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group != "progress"))
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
@@ -202,18 +202,26 @@ def yoked_arm(of_other_seeds: Sequence[TrialResult], positions: FloatArray) -> A
 
 
 def swapped_arms(
-    policy: Policy, of_policy: Sequence[TrialResult], positions: FloatArray, *, each: bool
+    policy: Policy,
+    of_policy: Sequence[TrialResult],
+    positions: FloatArray,
+    names: Sequence[str],
+    *,
+    each: bool,
 ) -> list[Arm]:
     """The policy with signals of another task's run in place of its own: are they used?
 
-    All signals but progress; with `each`, every group of them alone too. The knobs it sees are
-    its own.
+    All signals but progress, by the entries' `names`; with `each`, every group of the universal
+    ones alone too. The knobs it sees are its own.
     """
     groups = {
         group: [f"signal/{signal.name}" for signal in UNIVERSAL if signal.group == group]
         for group in SWAPPED_GROUPS
     }
-    swaps = {"all signals": [name for names in groups.values() for name in names]}
+    inside = [f"signal/{name}" for name in INTERNAL_NAMES]
+    everything = [name for names in groups.values() for name in names]
+    everything += [name for name in inside if name in names]
+    swaps = {"all signals": everything}
     if each:
         swaps |= {group.replace("_", " "): names for group, names in groups.items()}
     n = len(of_policy)

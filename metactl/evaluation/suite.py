@@ -121,7 +121,7 @@ def evaluate(
                 f"The policy decides {policy.card.n_control_steps} times per run; the runs have "
                 f"n_control_steps={about['n_control_steps']}"
             )
-        knobs = KnobSet(about["knobs"])
+        knobs, names = KnobSet(about["knobs"]), about["observation_names"]
         default = knobs.default_positions(1)[0]
         points = static_grid(knobs, plan.grid_points)
         grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
@@ -142,14 +142,14 @@ def evaluate(
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
             then.append(yoked_arm(results.pop("policy, other seeds"), default))
-            then += swapped_arms(policy, results["policy"], default, each=plan.each_group)
+            played = results["policy"]
+            then += swapped_arms(policy, played, default, names, each=plan.each_group)
         results |= play_arms(shards, then, n, plan.seed, count)
         found = _searched(policy, where, plan, default, count)
         results |= play_arms(shards, found, n, plan.seed, count)
         if plan.population:
             played = play_pbt(shards, plan.population, n, plan.seed, default, count)
             results[f"PBT, best of {plan.population}"] = played
-        names = about["observation_names"]
         if plan.beforehand:
             settings = [*grid, *chosen]
             with closing(where.open(split="meta_train")) as training:

@@ -10,6 +10,7 @@ from metactl.evaluation.arms import Results
 from metactl.homeostasis import SetPoints, control_effort, homeostasis_index
 from metactl.knobs import FloatArray
 from metactl.rollout import TrialResult
+from metactl.signals import INTERNAL_NAMES
 from metactl.statistics import (
     Interval,
     gap_closed,
@@ -69,6 +70,12 @@ def _figures(
         "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
         _PER_TASK: column(runs, "final_test").tolist(),
     }
+    for name in INTERNAL_NAMES:
+        if f"signal/{name}" in names:
+            entry = list(names).index(f"signal/{name}")
+            figures[f"mean_{name}"] = float(
+                np.mean([run.observations[1:, entry].mean() for run in runs])
+            )
     if set_points is not None:
         drive = drive_of(runs, set_points, names)
         figures["homeostasis_index"] = float(homeostasis_index(drive).mean())

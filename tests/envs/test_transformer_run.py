@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from envs.transformer_run import RunConfig, build_run
+from metactl.config import ConfigError
+from metactl.env import ControlConfig, ControlLoop
 from metactl.knobs import KnobSet
+from metactl.signals import INTERNAL_NAMES
 
 WORDS = "the run of a knob is not an end but the way to learn what none of us was told ".split()
 TINY = {
@@ -25,6 +28,7 @@ ROW_KNOBS = {  # one entry per seed
     "dropout": [0.1, 0.3, 0.0],
 }
 SEEDS = [11, 22, 33]
+NOISE = "gradient_noise_scale"
 
 
 @pytest.fixture(scope="module")
@@ -489,3 +493,52 @@ def test_data_too_short_for_the_context_are_refused_by_path(tmp_path):
     run = build_run(1, {**TINY, "data": str(path), "context": 64})
     with pytest.raises(ValueError, match=r"short\.txt.*too short"):
         run.sample_task(0)
+
+
+# Signals from inside ---------------------------------------------------------------------------
+
+
+def test_reading_inside_a_model_changes_nothing_of_its_training(start):
+    plain, watched = start(SEEDS), start(SEEDS, internal=True)
+    for run in (plain, watched):
+        run.apply(knobs_for(SEEDS))
+    before, seen = plain.advance(5), watched.advance(5)
+    assert before.internal == {} and set(seen.internal) == set(watched.internal_names)
+    assert all(not same_state(plain, watched, row) for row in range(3))
+    for value in seen.internal.values():
+        assert value.shape == (3,) and np.isfinite(value).all()
+
+
+def test_what_is_read_inside_a_run_depends_on_it_alone(start):
+    together, alone = (start(seeds, internal=True, dtype="float64") for seeds in (SEEDS, [22]))
+    for run, seeds in ((together, SEEDS), (alone, [22])):
+        run.apply(knobs_for(seeds))
+    one, other = together.advance(5).internal, alone.advance(5).internal
+    for name, value in one.items():
+        assert other[name][0] == pytest.approx(value[1], rel=1e-6)
+
+
+def test_the_noise_of_two_sequences_is_measured_and_that_of_one_refused(start):
+    assert np.isfinite(start([1], internal=True, batch_size=2).advance(1).internal[NOISE]).all()
+    with pytest.raises(ConfigError, match="two half batches; got batch_size=1"):
+        start([1], internal=True, batch_size=1)
+
+
+def test_a_controller_observes_what_is_inside_where_it_is_measured(start):
+    loops = {
+        inside: ControlLoop(start([5], internal=inside), ControlConfig(n_control_steps=4))
+        for inside in (False, True)
+    }
+    names = {inside: loop.codec.names for inside, loop in loops.items()}
+    more = {f"{part}/{name}" for name in INTERNAL_NAMES for part in ("signal", "has")}
+    assert set(names[True]) - set(names[False]) == more
+    loop = loops[True]
+    episode = loop.draw_episode(0, 0)
+    seen = loop.reset([0], [episode])
+    assert all(loop.codec.read(seen, name)[0] == 0 for name in more)  # nothing measured yet
+    step = loop.step(np.zeros((1, 4)))
+    for name in INTERNAL_NAMES:
+        assert loop.codec.read(step.observation, f"has/{name}")[0] == 1
+    entropy = step.measurement.internal["attention_entropy"][0]
+    logit = loop.codec.read(step.observation, "signal/attention_entropy")[0]
+    assert 1 / (1 + np.exp(-logit)) == pytest.approx(entropy, rel=1e-5)

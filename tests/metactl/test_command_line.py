@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from metactl import cli
 from metactl.policy import Policy
+from metactl.signals import INTERNAL_NAMES
 
 SMALL_RUNS = (
     "environment.options.horizon=20",
@@ -181,6 +182,21 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
         assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
         assert figures["excess_loss_area"] != 0
     assert "something befalling each" in capsys.readouterr().out
+
+
+def test_a_policy_may_learn_from_inside_its_models_and_be_judged_there(tmp_path: Path) -> None:
+    inside = ("--set", "environment.options.internal=true", "--set", "set_point_runs=4")
+    assert metactl(*train_arguments(tmp_path / "run", *inside)) == 0
+    policy = Policy.load(tmp_path / "run" / "policy")
+    assert {f"signal/{name}" for name in INTERNAL_NAMES} <= set(policy.card.observations)
+    report = tmp_path / "report.json"
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--json", report)
+    assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small) == 0
+    figures = json.loads(report.read_text())["arms"]["policy"]
+    assert {f"mean_{name}" for name in INTERNAL_NAMES} <= set(figures)
+    blind = ("--set", "internal=false")  # a run that nobody looks into
+    assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small, *blind) == 0
+    assert "mean_stable_rank" not in json.loads(report.read_text())["arms"]["policy"]
 
 
 def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(

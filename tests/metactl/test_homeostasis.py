@@ -14,7 +14,7 @@ from metactl.homeostasis import (
     settling_steps,
 )
 from metactl.knobs import Knob, KnobSet
-from metactl.signals import Codec
+from metactl.signals import INTERNAL, UNIVERSAL, Codec
 
 CODEC = Codec(KnobSet((Knob(name="k", low=0.0, high=1.0, default=0.5),)))
 NAMES = CODEC.names
@@ -62,6 +62,22 @@ def test_a_vital_that_is_not_measured_counts_as_in_balance():
     assert flat().drive(seen, NAMES).min() > 1
     seen[..., NAMES.index("has/update_ratio_median")] = 0
     assert flat().drive(seen, NAMES).max() == 0
+
+
+def test_vitals_from_inside_a_model_count_where_they_are_measured():
+    inside = Codec(CODEC.knobs, (*UNIVERSAL, *INTERNAL)).names
+    place = inside.index("signal/attention_entropy")
+    seen = np.zeros((4, 10, len(inside)))
+    seen[..., inside.index("signal/progress")] = 2 * np.arange(1, 11) / 10 - 1
+    seen[..., [i for i, name in enumerate(inside) if name.startswith("has/")]] = 1
+    seen[..., place] = np.array([-0.5, -0.4, 0.4, 0.5])[:, None]
+    points = estimate(seen, inside)
+    assert {"attention_entropy", "dormant_fraction"} <= set(points.medians)
+    assert points.drive(seen, inside).max() < 0.2
+    seen[..., place] += 3
+    assert points.drive(seen, inside).min() > 1
+    assert points.drive(observations(), NAMES).max() == 0  # runs without a look inside
+    assert "attention_entropy" not in estimate(observations(4), NAMES).medians
 
 
 def test_set_points_are_interpolated_over_progress():
