@@ -29,6 +29,7 @@ BALANCE = 1.0  # drive up to which a run is in balance
 HELD = 3  # control steps in balance that count as settled
 _BINS = 10
 _WIDTH = 1e-3  # of a set-point, at least
+_WIDTHS = {"attention_entropy": 0.1, "dormant_fraction": 1.0}  # logits: a unit more is no change
 _GROUPS = {signal.name: signal.group for signal in (*UNIVERSAL, *INTERNAL)}
 
 
@@ -104,8 +105,9 @@ def estimate(observations: np.ndarray, names: Sequence[str]) -> SetPoints:
         low, middle, high = np.array(
             [np.quantile(values[bins == i], (0.1, 0.5, 0.9)) for i in range(n_bins)]
         ).T
+        least = _WIDTHS.get(name, _WIDTH)
         medians[name] = tuple(middle.tolist())
-        half_widths[name] = tuple(np.maximum((high - low) / 2, _WIDTH).tolist())
+        half_widths[name] = tuple(np.maximum((high - low) / 2, least).tolist())
     centres = tuple(((np.arange(n_bins) + 0.5) / n_bins).tolist())
     return SetPoints(progress=centres, medians=medians, half_widths=half_widths)
 

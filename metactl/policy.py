@@ -157,7 +157,7 @@ class Policy:
             name: np.concatenate([policy._members[name] for policy in policies])
             for name in policies[0].weights
         }
-        return cls(replace(first, members=len(stacked["mean"])), stacked)
+        return cls(replace(first, members=len(stacked["mean"]), evaluation={}), stacked)
 
     def member(self, index: int) -> "Policy":
         """One of the networks by itself."""

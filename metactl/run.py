@@ -169,6 +169,10 @@ class SingleRuns(TrainingRun):
     def knobs(self) -> Sequence[Knob]:
         return self._runs[0].knobs
 
+    @property
+    def internal_names(self) -> Sequence[str]:
+        return self._runs[0].internal_names
+
     def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:
         for row, task, seed in zip(rows, tasks, seeds, strict=True):
             self._runs[row].reset([0], [task], [seed])

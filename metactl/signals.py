@@ -217,12 +217,12 @@ def cost_rate(history: History) -> FloatArray:
 
 
 def attention_entropy(history: History) -> FloatArray:
-    """Logit of the entropy of attention over the largest possible, mean over queries and heads."""
+    """Logit (from 1 to 99 %) of the entropy of attention over the largest possible."""
     return _logit(history.latest("attention_entropy"))
 
 
 def dormant_fraction(history: History) -> FloatArray:
-    """Logit of the share of hidden units that hardly ever answer (arXiv 2302.12902)."""
+    """Logit (from 1 to 99 %) of the share of units that hardly ever answer (arXiv 2302.12902)."""
     return _logit(history.latest("dormant_fraction"))
 
 
@@ -237,7 +237,7 @@ def gradient_noise_scale(history: History) -> FloatArray:
 
 
 def _logit(share: FloatArray) -> FloatArray:
-    inside = np.clip(share, 1e-4, 1 - 1e-4)
+    inside = np.clip(share, 0.01, 0.99)
     return np.log(inside) - np.log1p(-inside)
 
 

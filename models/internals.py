@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 DORMANT = 0.025  # share of its layer's mean activation up to which a unit is dormant
+_OPEN = 1e-3  # a gate that has closed may keep a remainder
 
 
 class Watch:
@@ -43,7 +44,7 @@ class Watch:
         self, h: Float[Tensor, "replica token unit"], gate: Float[Tensor, "replica 1 unit"]
     ) -> None:
         """Share of a layer's active units that hardly ever answer (arXiv 2302.12902)."""
-        active = gate[:, 0] > 0
+        active = gate[:, 0] > _OPEN
         score = torch.where(active, h.abs().mean(1), 0.0)
         n_active = active.sum(1, keepdim=True)
         silent = active & (score <= DORMANT * score.sum(1, keepdim=True) / n_active)

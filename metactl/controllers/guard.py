@@ -104,7 +104,7 @@ class Guard(BaseController):
         self._best = np.fmin(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
         begun = self.codec.read(observation, "signal/progress") > -1  # vitals were measured
-        self._calm = np.where(improved & begun, np.maximum(drive, BALANCE), self._calm)
+        self._calm = np.where(improved & begun & ~recovers, np.maximum(drive, BALANCE), self._calm)
         defaults = self.codec.knobs.default_positions(self.n_runs)
         lost = self._outside > self.patience
         home = np.where(lost[:, None], defaults, self._good)

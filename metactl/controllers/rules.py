@@ -15,7 +15,7 @@ class Plateau(BaseController):
     Args:
         knob: The knob that is lowered, if the run has it.
         patience: Control steps without improvement before it moves.
-        tolerance: Relative improvement of the best loss that counts.
+        tolerance: Relative improvement that counts; less of it adds up.
     """
 
     memory = ("_best", "_waited")
@@ -38,7 +38,7 @@ class Plateau(BaseController):
         )
         loss = np.where(probed, probe, train).astype(np.float64)
         improved = loss < self._best - self.tolerance
-        self._best = np.fmin(self._best, loss)
+        self._best = np.where(improved, loss, self._best)
         self._waited = np.where(improved, 0, self._waited + 1)
         actions = self.hold()
         for name in set(self.moves) & set(self.codec.knobs.names):
@@ -62,7 +62,8 @@ class GapDriven(BaseController):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         gap = self.codec.read(observation, "signal/generalisation_gap") / GAP_SCALE
-        measured = self.codec.read(observation, "has/probe_loss") > 0
+        begun = self.codec.read(observation, "signal/progress") > -1
+        measured = begun & (self.codec.read(observation, "has/probe_loss") > 0)
         move = (gap > self.high).astype(np.float64) - (gap < self.low)
         actions = self.hold()
         for name in set(self.moves) & set(self.codec.knobs.names):

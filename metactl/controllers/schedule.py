@@ -38,6 +38,8 @@ class Schedule(BaseController):
 class ContextualSchedule(BaseController):
     """A schedule that is told how much data the task has: it reads no other signal.
 
+    As nothing is measured before the first control step, it is told from the second on.
+
     Args:
         schedule: Positions where the context is 0.
         slopes: `[len(progress), n_knobs]`: what a context of 1 adds to them.

@@ -1,6 +1,7 @@
 """The arms of a comparison: what moves the knobs, from where, on tasks that all arms share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,10 +76,12 @@ def play_arms(
     seed: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Results:
-    """Plays every arm on the same tasks."""
+    """Plays every arm on the same tasks; their controllers stay as they were."""
     trials = []
     for arm in arms:
-        controllers = [*arm.controllers] * (n_tasks if len(arm.controllers) == 1 else 1)
+        controllers = [deepcopy(controller) for controller in arm.controllers] * (
+            n_tasks if len(arm.controllers) == 1 else 1
+        )
         episodes = paired_episodes(n_tasks, seed, arm.positions)
         for controller, episode in zip(controllers, episodes, strict=True):
             chosen = _with_other_seed(episode) if arm.other_seed else episode

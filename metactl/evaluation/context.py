@@ -39,7 +39,8 @@ class TunedBeforehand:
         ]
 
     def _told(self, runs: Sequence[TrialResult]) -> FloatArray:
-        return np.array([run.observations[0, self._entry] for run in runs], dtype=np.float64)
+        """The data pressure, which no observation has before the first step is measured."""
+        return np.array([run.observations[1, self._entry] for run in runs], dtype=np.float64)
 
     def chosen(self, played: Results) -> Results:
         """The runs of what was chosen, among the same settings' runs on other tasks."""

@@ -93,21 +93,28 @@ def best_schedule(search: Search) -> Arm:
     return search.best("best schedule", make, start, spread=_SPREAD, bounds=(0.0, 1.0))
 
 
-def best_contextual_schedule(search: Search) -> Arm:
-    """The best schedule that is told the task's data pressure, linear in it."""
-    n_control_steps = search.shards.describe()["n_control_steps"]
-    positions = search.positions
-    progress = np.concatenate(([0.0], KNOTS))
+def best_contextual_schedule(search: Search, found: Arm) -> Arm:
+    """The best schedule that is told the task's data pressure, linear in it.
+
+    Args:
+        search: Its budget comes on top of what `found` has cost.
+        found: The best schedule that is not told; the search begins there.
+    """
+    (untold,) = found.controllers
+    assert isinstance(untold, Schedule)
+    n_control_steps = round(1 / untold.share)
+    rest = np.zeros((1, len(search.positions)))  # nothing is known before the first step
 
     def make(vector: FloatArray) -> ContextualSchedule:
         base, slopes = vector.reshape(2, len(KNOTS), -1)
-        schedule = Schedule(progress, np.concatenate((positions[None], base)), n_control_steps)
-        return ContextualSchedule(schedule, np.concatenate((0 * positions[None], slopes)))
+        knots = np.concatenate((untold.positions[:1], base))
+        schedule = Schedule(untold.progress, knots, n_control_steps)
+        return ContextualSchedule(schedule, np.concatenate((rest, slopes)))
 
-    start = np.tile(positions, len(KNOTS)).clip(0.1, 0.9)
-    start = np.concatenate((start, np.zeros_like(start)))
+    base = untold.positions[1:].ravel()
+    start = np.concatenate((base, np.zeros_like(base)))
     name = "schedule told the data size"
-    return search.best(name, make, start, spread=_SPREAD, bounds=(-1.0, 1.0))
+    return search.best(name, make, start, spread=_SPREAD / 2, bounds=(-1.0, 1.0))
 
 
 def best_linear_policy(search: Search, policy: Policy) -> Arm:

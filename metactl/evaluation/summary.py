@@ -70,17 +70,21 @@ def _figures(
         "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
         _PER_TASK: column(runs, "final_test").tolist(),
     }
-    for name in INTERNAL_NAMES:
-        if f"signal/{name}" in names:
-            entry = list(names).index(f"signal/{name}")
-            figures[f"mean_{name}"] = float(
-                np.mean([run.observations[1:, entry].mean() for run in runs])
-            )
+    inside = [name for name in INTERNAL_NAMES if f"signal/{name}" in names]
+    if inside:
+        figures["mean_signals"] = {name: _mean_signal(runs, names, name) for name in inside}
     if set_points is not None:
         drive = drive_of(runs, set_points, names)
         figures["homeostasis_index"] = float(homeostasis_index(drive).mean())
         figures["mean_drive"] = finite_mean(drive)
     return figures
+
+
+def _mean_signal(runs: Sequence[TrialResult], names: Sequence[str], name: str) -> float | None:
+    """Over all runs and control steps in which it was measured."""
+    value, flag = (list(names).index(f"{part}/{name}") for part in ("signal", "has"))
+    seen = np.concatenate([run.observations[1:] for run in runs])
+    return finite_mean(seen[seen[:, flag] > 0, value])
 
 
 def drive_of(

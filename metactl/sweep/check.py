@@ -28,6 +28,8 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         )
     elsewhere = config.resources.gpu > 0
     check_trials(trials, elsewhere=elsewhere)
+    if config.mean_of > 1:
+        _require_alike(trials, elsewhere=elsewhere)
     if not config.is_population:
         return
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
@@ -42,6 +44,29 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         position_bounds(config, KnobSet(about["knobs"]))
     except ValueError as error:
         raise ConfigError(f"space: {error}") from error
+
+
+def _require_alike(trials: Sequence[Trial], *, elsewhere: bool) -> None:
+    """Policies have a mean only if they see and move the same and are of one shape."""
+    shapes: dict[tuple[str, tuple[int, ...]], Trial] = {}
+    for trial in trials:
+        assert trial.recipe is not None
+        env_id, options = next(_runs_of(trial))
+        place = json.dumps([env_id, options], sort_keys=True, default=str)
+        shapes.setdefault((place, trial.recipe.ppo.hidden), trial)
+    found = []
+    for (_, hidden), trial in shapes.items():
+        assert trial.recipe is not None
+        env_id, options = next(_runs_of(trial))
+        about = _about_one(env_id, options, elsewhere=elsewhere)
+        seen = {name: about[name] for name in ("knobs", "observation_names", "n_control_steps")}
+        found.append({**seen, "hidden": hidden})
+        for name, value in found[-1].items():
+            if value != found[0][name]:
+                raise ConfigError(
+                    f"trial {trial.name} ({described(trial.changes)}): mean_of needs policies of "
+                    f"one kind, and this one's {name} differ from the first one's"
+                )
 
 
 def position_bounds(config: SweepConfig, knobs: KnobSet) -> dict[str, tuple[float, float]]:

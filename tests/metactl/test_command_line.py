@@ -192,11 +192,11 @@ def test_a_policy_may_learn_from_inside_its_models_and_be_judged_there(tmp_path:
     report = tmp_path / "report.json"
     small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--json", report)
     assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small) == 0
-    figures = json.loads(report.read_text())["arms"]["policy"]
-    assert {f"mean_{name}" for name in INTERNAL_NAMES} <= set(figures)
+    found = json.loads(report.read_text())["arms"]["policy"]["mean_signals"]
+    assert set(found) == set(INTERNAL_NAMES) and found["stable_rank"] > 0
     blind = ("--set", "internal=false")  # a run that nobody looks into
     assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small, *blind) == 0
-    assert "mean_stable_rank" not in json.loads(report.read_text())["arms"]["policy"]
+    assert "mean_signals" not in json.loads(report.read_text())["arms"]["policy"]
 
 
 def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(

@@ -200,6 +200,8 @@ def test_a_plateau_lowers_its_knob_until_the_loss_improves_again():
     levels = [-0.1, -0.2, -0.2, -0.2, -0.2, -0.2, -0.3, -0.3]
     actions = responses(Plateau("a", patience=3), levels)
     assert actions[:, 0].tolist() == [0, 0, 0, 0, -1, -1, 0, 0]
+    steady = responses(Plateau("a", patience=3), np.linspace(0, -0.019, 20))  # 0.001 each step
+    assert not steady.any()
     assert not actions[:, 1].any()
 
 
@@ -207,9 +209,11 @@ def test_a_plateau_lowers_its_knob_until_the_loss_improves_again():
 def test_a_gap_between_the_losses_raises_what_regularises(gap, move):
     rule = GapDriven("b")
     rule.begin(CODEC, 1)
-    seen = observation(signal__generalisation_gap=4 * gap, has__probe_loss=1.0)
+    probed = {"has__probe_loss": 1.0, "signal__generalisation_gap": 4 * gap}
+    seen = observation(**probed)
     assert rule.act(seen).tolist() == [[0, move]]
     assert rule.act(observation(signal__generalisation_gap=4 * gap)).tolist() == [[0, 0]]
+    assert rule.act(observation(signal__progress=-1.0, **probed)).tolist() == [[0, 0]]
 
 
 def test_rules_together_move_each_their_own_and_go_on_where_they_were():

@@ -1,5 +1,6 @@
 """The arms of an evaluation and what is made of their results."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from toy_plant import TOY, ToyPlant
 
 from metactl.config import ConfigError
-from metactl.controllers import BaseController, Schedule, Static, WithSignalsOf
+from metactl.controllers import BaseController, Plateau, Schedule, Static, WithSignalsOf
 from metactl.env import ControlConfig, ControlLoop
 from metactl.evaluation import (
     Where,
@@ -100,6 +101,13 @@ def test_a_controller_for_each_task_plays_its_own(shards):
     assert [run.positions[-1, 0] for run in played] == pytest.approx([0.1, 0.9])
 
 
+def test_playing_leaves_an_arm_as_it_was(shards):
+    arm = Arm(name="a", positions=DEFAULT, controllers=(Plateau("rate", patience=0),))
+    before = pickle.dumps(arm)
+    assert np.ptp(play_arms(shards, [arm], 2, 0)["a"][0].positions) > 0
+    assert pickle.dumps(arm) == before
+
+
 def test_random_moves_differ_from_task_to_task_and_come_again_with_the_seed(shards):
     first, again = (
         play_arms(shards, [random_arm(DEFAULT, 3, 5)], 3, 0)["random moves"] for _ in range(2)
@@ -148,7 +156,7 @@ def test_settings_are_tuned_beforehand_for_all_tasks_and_by_size_of_the_data(sha
 
     def run(setting, pressure, loss):
         seen = one.observations.copy()
-        seen[0, entry] = pressure
+        seen[1, entry] = pressure
         return replace(one, arm=setting, observations=seen, final_probe=loss)
 
     def played(pressures):  # "low" is best on large data, "high" on small, "middle" on average
@@ -164,6 +172,25 @@ def test_settings_are_tuned_beforehand_for_all_tasks_and_by_size_of_the_data(sha
     assert [r.arm for r in chosen["the same by size of the data"]] == ["high", "low", "high", "low"]
     alike = TunedBeforehand(played([0.0] * 32), names).chosen(played([0.0]))  # nothing is told
     assert [r.arm for runs in alike.values() for r in runs] == ["middle", "middle"]
+
+
+def test_what_a_setting_is_tuned_by_is_known_of_real_runs():
+    shape = {"d_model": 8, "n_layers": 1, "context": 8, "horizon": 8, "knobs": ["dropout"]}
+    options = {**shape, "n_control_steps": 4, "unique_bytes": [1_500, 1_000_000]}
+    with ShardRow("envs:AdaptiveTransformer-v0", 8, options, 0) as row:
+        names = row.describe()["observation_names"]
+        positions = np.array([0.5])
+        played = play_arms(row, [static_arm("a", positions), static_arm("b", positions)], 16, 0)
+    pressure = [run.observations[1, names.index("signal/data_pressure")] for run in played["a"]]
+    assert np.ptp(pressure) > 1
+    small = np.array(pressure) > np.median(pressure)
+    losses = {"a": np.where(small, 1.0, 3.0), "b": np.where(small, 3.0, 1.5)}
+    played = {
+        arm: [replace(run, final_probe=x) for run, x in zip(runs, losses[arm], strict=True)]
+        for arm, runs in played.items()
+    }
+    chosen = TunedBeforehand(played, names).chosen(played)["the same by size of the data"]
+    assert [run.arm for run in chosen] == ["a" if s else "b" for s in small]
 
 
 def test_signals_of_another_run_are_what_the_controller_acts_on(shards):
@@ -436,7 +463,7 @@ def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(s
 
 
 def test_a_schedule_that_is_told_what_it_cannot_use_is_a_schedule(shards):
-    told = best_contextual_schedule(searching(shards, 600))
+    told = best_contextual_schedule(searching(shards, 200), best_schedule(searching(shards, 400)))
     static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
     played = play_arms(shards, [told, *static], 4, 9)
     losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}

@@ -323,6 +323,20 @@ def test_a_mean_of_more_policies_than_trials_is_refused_before_anything_starts(t
         check_sweep(config, plan(config))
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("ppo.hidden", [[8], [4]]),
+        ("environment.options.knobs", [["dropout"], ["dropout", "rope_base"]]),
+        ("environment.options.internal", [False, True]),
+    ],
+)
+def test_policies_of_unlike_kinds_are_not_averaged(tmp_path, key, values):
+    config = sweep(tmp_path, {key: {"grid": values}}, mean_of=2)
+    with pytest.raises(ConfigError, match=r"mean_of needs policies of one kind, and this one's"):
+        check_sweep(config, plan(config))
+
+
 def test_a_policy_is_scored_where_the_space_says(tmp_path):
     trained = sweep(tmp_path, {"seed": {"grid": [3]}})
     (trial,) = plan(trained)
