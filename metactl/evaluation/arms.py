@@ -79,9 +79,8 @@ def play_arms(
     """Plays every arm on the same tasks; their controllers stay as they were."""
     trials = []
     for arm in arms:
-        controllers = [deepcopy(controller) for controller in arm.controllers] * (
-            n_tasks if len(arm.controllers) == 1 else 1
-        )
+        controllers = [deepcopy(controller) for controller in arm.controllers]
+        controllers *= n_tasks if len(controllers) == 1 else 1
         episodes = paired_episodes(n_tasks, seed, arm.positions)
         for controller, episode in zip(controllers, episodes, strict=True):
             chosen = _with_other_seed(episode) if arm.other_seed else episode

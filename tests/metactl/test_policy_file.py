@@ -13,6 +13,7 @@ from safetensors.torch import save as save_torch_tensors
 from metactl import Knob, Policy, PolicyError
 from metactl.config import TrainConfig, find_config, parse, read_config
 from metactl.policy import PolicyCard, find_policy
+from metactl.sweep.config import SweepConfig
 
 N_SEEN = 5
 
@@ -326,4 +327,14 @@ def test_the_shipped_policy_is_found_by_its_name(tmp_path, monkeypatch):
 def test_the_shipped_policy_came_from_the_packaged_recipe():
     card = Policy.load("default").card
     recipe = read_config(TrainConfig, find_config("default"), {})
-    assert parse(TrainConfig, card.training["config"], "the card") == recipe
+    trained = parse(TrainConfig, card.training["config"], "the card")
+    made_by = read_config(SweepConfig, find_config("sweep_default"), {})
+    members = [member["changes"]["seed"] for member in card.training["mean_of"]]
+    assert replace(trained, seed=0) == recipe and trained.seed == members[0]
+    assert len(members) == card.members == made_by.mean_of
+    assert made_by.recipe == "default" and set(members) <= set(made_by.space["seed"].grid)
+
+
+def test_the_shipped_policy_is_small():
+    folder = find_policy("default")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
