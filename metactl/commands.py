@@ -134,7 +134,7 @@ class Sweep:
     run_dir: Path
     """Directory of the sweep, on a cluster one that all nodes see; what was stopped goes on."""
     config: str = "sweep"
-    """YAML file, or the name of a packaged sweep: sweep, sweep_apply, sweep_pbt, sweep_cluster."""
+    """YAML file, or the name of a packaged sweep: sweep, sweep_default, sweep_apply, sweep_pbt."""
     address: str | None = None
     """Of a Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
     rotation: str | None = None
