@@ -59,7 +59,7 @@ class EvaluationPlan:
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
         beforehand: Also choose static settings on as many tasks of meta-training, told how much
-            data a task has and not; start the policy from the best static setting.
+            data a task has and not; start the policy from the best of them, and from the worst.
         population: Members of population-based training on each task; 0 leaves it out.
         disturbed: Play the main arms again, with something befalling every run.
         schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
@@ -137,7 +137,7 @@ def evaluate(
         n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population
         n_arms += plan.disturbed * (3 + len(rules))
         n_arms += 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
-        n_arms += plan.beforehand * (1 + len(grid) + len(chosen))
+        n_arms += plan.beforehand * (2 + len(grid) + len(chosen))
         count = Counter(n * n_arms + 2 * plan.schedule_runs + plan.linear_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
@@ -154,8 +154,11 @@ def evaluate(
         if plan.beforehand:
             results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, names, count)
             start = results["best static of training tasks"][0].positions[0]
+            losses = [column(results[arm.name], "final_probe").mean() for arm in grid]
+            worst = grid[_argmin([-loss for loss in losses])].positions
             there = from_arm(policy, "policy from there", start)
-            results |= play_arms(shards, [there], n, plan.seed, count)
+            bad = from_arm(policy, "policy from the worst static", worst)
+            results |= play_arms(shards, [there, bad], n, plan.seed, count)
     grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
     results = _select_static(results, grid_names, chosen_names)
     explained = moves_explained_by_progress(results["policy"], knobs.names)

@@ -172,7 +172,8 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     arms = summary["arms"]
     assert arms["PBT, best of 8"]["flops"] > 2 * arms["default"]["flops"]
     assert {"another run's probe loss", "another run's train loss"} <= set(arms)
-    assert {"policy, dropout alone", "policy, without dropout", "policy from there"} <= set(arms)
+    assert {"policy, dropout alone", "policy, without dropout"} <= set(arms)
+    assert {"policy from there", "policy from the worst static"} <= set(arms)
     assert {"best static of training tasks", "the same by size of the data"} <= set(arms)
     assert {"best schedule", "schedule told the data size"} <= set(arms)
     disturbed = summary["disturbed"]
