@@ -49,7 +49,7 @@ class RunConfig:
         disturb: Probability that something befalls a run at a random time (`envs.disturbances`).
         disturbances: What can: `"learning_rate"`, `"labels"`, `"switch"`, `"kick"`.
         internal: Also read signals from inside the models (`metactl.signals.INTERNAL`), at each
-            control step; slower by about two optimizer steps.
+            control step; slower by one to two optimizer steps.
         device: Torch device, such as `"cpu"` or `"cuda"`.
         cuda_graph: On a GPU, replay the optimizer step as one CUDA graph. Without it and without
             `compile`, a single run computes only what its knobs leave active.

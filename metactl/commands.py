@@ -98,7 +98,7 @@ class Evaluate:
     data: Path | None = None
     """File or folder of text (default: what the policy was trained on, its held-out part)."""
     suite: Literal["quick", "full"] = "quick"
-    """full: also population-based training, single signals swapped, and disturbed runs."""
+    """full: also PBT, single signals swapped, single knobs, tuning beforehand, disturbed runs."""
     headroom: bool = False
     """Instead of the policy: how far static settings and schedules are apart, by task family."""
     families: tuple[str, ...] = ("text", "recall", "digits", "waves")
@@ -110,7 +110,8 @@ class Evaluate:
     static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
     schedule_runs: int = 0
-    """Also search the best open-loop schedule by CMA-ES with so many runs (0: no search)."""
+    """Also search the best schedule by CMA-ES with so many runs, and as many more (0: none) told
+    how much data a task has."""
     linear_runs: int = 0
     """Also search the best linear policy on the same signals, as PPO's rival (0: no search)."""
     optimizer_steps: int | None = None

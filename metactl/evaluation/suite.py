@@ -232,6 +232,8 @@ def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
     """Refuses what would fail after everything else was played."""
     if plan.population:
         check_populations(where.n_envs, plan.population)
+    if plan.beforehand or plan.schedule_runs or plan.linear_runs:
+        where.open(split="meta_train").close()
     if plan.disturbed:
         try:
             where.open(disturb=1.0).close()

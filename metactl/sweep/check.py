@@ -27,9 +27,9 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
             f"mean_of must be at most {len(trials)}, the number of trials, got {config.mean_of}"
         )
     elsewhere = config.resources.gpu > 0
-    check_trials(trials, elsewhere=elsewhere)
+    abouts = check_trials(trials, elsewhere=elsewhere)
     if config.mean_of > 1:
-        _require_alike(trials, elsewhere=elsewhere)
+        _require_alike(trials, abouts)
     if not config.is_population:
         return
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
@@ -46,21 +46,13 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         raise ConfigError(f"space: {error}") from error
 
 
-def _require_alike(trials: Sequence[Trial], *, elsewhere: bool) -> None:
+def _require_alike(trials: Sequence[Trial], abouts: Sequence[dict[str, Any]]) -> None:
     """Policies have a mean only if they see and move the same and are of one shape."""
-    shapes: dict[tuple[str, tuple[int, ...]], Trial] = {}
-    for trial in trials:
+    found: list[dict[str, Any]] = []
+    for trial, about in zip(trials, abouts, strict=True):
         assert trial.recipe is not None
-        env_id, options = next(_runs_of(trial))
-        place = json.dumps([env_id, options], sort_keys=True, default=str)
-        shapes.setdefault((place, trial.recipe.ppo.hidden), trial)
-    found = []
-    for (_, hidden), trial in shapes.items():
-        assert trial.recipe is not None
-        env_id, options = next(_runs_of(trial))
-        about = _about_one(env_id, options, elsewhere=elsewhere)
         seen = {name: about[name] for name in ("knobs", "observation_names", "n_control_steps")}
-        found.append({**seen, "hidden": hidden})
+        found.append({**seen, "hidden": trial.recipe.ppo.hidden})
         for name, value in found[-1].items():
             if value != found[0][name]:
                 raise ConfigError(
@@ -80,17 +72,21 @@ def position_bounds(config: SweepConfig, knobs: KnobSet) -> dict[str, tuple[floa
     return bounds
 
 
-def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
+def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[dict[str, Any]]:
     """Builds one of each kind of run, so that what refuses it does so before anything starts.
 
     Args:
         trials: The trials.
         elsewhere: They will run where there are GPUs, which this machine may not have.
 
+    Returns:
+        What each trial's runs say of themselves, of the last kind that it has.
+
     Raises:
         ConfigError: With the trial, and the words of whatever refuses it.
     """
     built: dict[str, dict[str, Any]] = {}
+    abouts = []
     for trial in trials:
         try:
             for env_id, options in _runs_of(trial):
@@ -99,9 +95,11 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> None:
                     built[key] = _about_one(env_id, options, elsewhere=elsewhere)
                 if trial.sets_knobs:
                     KnobSet(built[key]["knobs"]).positions(trial.changes, 1)
+            abouts.append(built[key])
         except (ValueError, TypeError) as error:
             where = f"trial {trial.name} ({described(trial.changes)})"
             raise ConfigError(f"{where}: {error}") from error
+    return abouts
 
 
 def about_runs(trial: Trial, *, elsewhere: bool = False) -> dict[str, Any]:

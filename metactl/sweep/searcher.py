@@ -48,7 +48,7 @@ def require_searcher(config: SweepConfig) -> None:
 
 
 def placed(
-    config: SweepConfig, trial: Trial, root: Path, *, check: Callable[[Trial], None]
+    config: SweepConfig, trial: Trial, root: Path, *, check: Callable[[Trial], object]
 ) -> Trial:
     """A trial at the point where it belongs: as planned, or where the searcher puts it.
 
