@@ -264,7 +264,7 @@ class Attachment:
                 if not _close(read, value):
                     raise AttachError(f"knob {name!r}: wrote {value:g}, read back {read:g}")
                 self._written[name] = value
-        largest = np.array([knob.max_move for knob in self._knobs.knobs]) / self._n
+        largest = self._knobs.max_moves / self._n
         self._last_moves = (moved - self._positions) / largest
         self._positions = moved
 

@@ -80,6 +80,9 @@ class PPOConfig:
         use_sde: Explore by smooth, state-dependent noise that lasts for a whole rollout (gSDE,
             arXiv 2005.05719) instead of independent noise in every control step.
         paired_runs: Runs that share their episodes and are rewarded relative to each other.
+        bound_cost: Reward that a control step loses where a knob's bound blocks a whole move, in
+            units of how far paired runs end apart. Without it a policy pushes on at a bound, where
+            no exploration moves the knob any more, and never learns when to leave it.
     """
 
     total_timesteps: int = 50_000
@@ -88,19 +91,22 @@ class PPOConfig:
     n_epochs: int = 6
     learning_rate: float = 7e-4
     gamma: float = 1.0
-    gae_lambda: float = 0.87
+    gae_lambda: float = 0.95
     clip_range: float = 0.3
     ent_coef: float = 0.0
-    log_std_init: float = -2.0
+    log_std_init: float = -0.7
     hidden: tuple[int, ...] = (64, 64)
-    use_sde: bool = True
+    use_sde: bool = False
     paired_runs: int = 4
+    bound_cost: float = 0.02
 
     def __post_init__(self) -> None:
         counts = ("total_timesteps", "n_steps", "batch_size", "n_epochs", "paired_runs")
         for name in (*counts, "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.bound_cost < math.inf:
+            raise ValueError(f"bound_cost must be at least 0, got {self.bound_cost}")
         for name in ("gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")

@@ -80,13 +80,17 @@ class Episode:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a control step returned; every array has a leading `[n_runs]`."""
+    """What a control step returned; every array has a leading `[n_runs]`.
+
+    `blocked`: what bounds took off the actions, summed over the knobs that can move.
+    """
 
     observation: np.ndarray
     reward: FloatArray
     terminated: np.ndarray
     measurement: Measurement
     values: dict[str, FloatArray]
+    blocked: FloatArray
 
 
 class ControlLoop:
@@ -177,8 +181,8 @@ class ControlLoop:
         share = 1 / self.config.n_control_steps
         action = np.nan_to_num(np.asarray(action, dtype=np.float64), nan=0.0)
         moved = self.knobs.move(self.positions, action, progress=share, available=self.available)
-        largest = np.array([knob.max_move for knob in self.knobs.knobs]) * share
-        self.last_moves = (moved - self.positions) / largest
+        self.last_moves = (moved - self.positions) / (self.knobs.max_moves * share)
+        blocked = np.abs(np.clip(action, -1, 1) - self.last_moves) * self.available
         self.positions = moved
         values = self.knobs.values(moved)
         self.run.apply(values)
@@ -196,6 +200,7 @@ class ControlLoop:
             terminated=measurement.diverged | (self.control_step >= self.config.n_control_steps),
             measurement=measurement,
             values=values,
+            blocked=blocked.sum(axis=1),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -246,7 +251,8 @@ def _shown(step: Step) -> dict[str, np.ndarray]:
         if value is not None and name != "diverged"
     }
     knobs = {f"knob/{name}": np.array(value, np.float64) for name, value in step.values.items()}
-    return {**measured, **knobs, "diverged": np.array(step.measurement.diverged, dtype=bool)}
+    own = {"blocked": step.blocked, "diverged": np.array(step.measurement.diverged, dtype=bool)}
+    return {**measured, **knobs, **own}
 
 
 class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):

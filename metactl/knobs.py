@@ -140,7 +140,7 @@ class KnobSet:
             raise ValueError(f"A KnobSet needs knobs with different names, got {names}")
         self.knobs = tuple(knobs)
         self.names = tuple(names)
-        self._max_moves = np.array([knob.max_move for knob in knobs])
+        self.max_moves = np.array([knob.max_move for knob in knobs])
 
     def __len__(self) -> int:
         return len(self.knobs)
@@ -177,7 +177,7 @@ class KnobSet:
             progress: Fraction of the run that the control step covers.
             available: 1 where a knob may move, else 0.
         """
-        step = np.clip(action, -1.0, 1.0) * self._max_moves * progress
+        step = np.clip(action, -1.0, 1.0) * self.max_moves * progress
         if available is not None:
             step = step * available
         return np.clip(positions + step, 0.0, 1.0)

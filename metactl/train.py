@@ -1,31 +1,28 @@
 """Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from metactl.actor_critic import AsymmetricPolicy, Normaliser, standardisation
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import EnvironmentConfig, TrainConfig, dump
 from metactl.evaluation.healthy import healthy_set_points
-from metactl.knobs import FloatArray
 from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
-from metactl.signals import is_flag
 from metactl.snapshot import restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
 from metactl.worker import ProcessWorker, Worker
@@ -35,23 +32,6 @@ logger = logging.getLogger(__name__)
 
 _SEED_BITS = 16  # environment seeds of one training seed, so that two seeds share no task
 _CALIBRATION_SEED = 1 << 15  # the upper half of them
-
-
-class Normaliser(BaseFeaturesExtractor):
-    """Standardises observations with statistics that are estimated once, then frozen."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, observation_space: gymnasium.Space[Any]) -> None:
-        assert observation_space.shape is not None
-        size = observation_space.shape[0]
-        super().__init__(observation_space, features_dim=size)
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
 
 
 def n_shards(environment: EnvironmentConfig) -> int:
@@ -102,7 +82,7 @@ def train(
         RunDirectoryError: If there is nothing to resume.
     """
     with build_shards(config) as shards:
-        env = ShardVecEnv(shards, config.ppo.paired_runs)
+        env = ShardVecEnv(shards, config.ppo.paired_runs, config.ppo.bound_cost)
         model = build_ppo(config, env)
         tensors: dict[str, Tensor] | None = None
         pending: dict[str, float] = {}  # figures noted, but not yet on the board
@@ -143,7 +123,7 @@ def train(
 def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     ppo = config.ppo
     return PPO(
-        "MlpPolicy",
+        AsymmetricPolicy,
         env,
         learning_rate=lambda remaining: ppo.learning_rate * max(remaining, 0.0),
         n_steps=ppo.n_steps,
@@ -155,8 +135,8 @@ def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
         ent_coef=ppo.ent_coef,
         use_sde=ppo.use_sde,
         policy_kwargs={
-            "net_arch": list(ppo.hidden),
-            "activation_fn": nn.Tanh,
+            "n_seen": env.n_seen,
+            "hidden": ppo.hidden,
             "log_std_init": ppo.log_std_init,
             "features_extractor_class": Normaliser,
         },
@@ -201,17 +181,6 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
         return scales.tolist(), 1.0
     relative = (by_shard / scales[:, None]).reshape(-1, env.paired_runs)
     return scales.tolist(), max(float(np.median(relative.std(axis=1))), 1e-3)
-
-
-def standardisation(seen: np.ndarray, names: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-    """Mean and deviation of every entry of observations `[n, len(names)]`.
-
-    Flags are 0.5 and 0.5, so that 0 and 1 lie at -1 and 1: a flag that happens to be constant in
-    the calibration would put a run with the other value far outside of all that training saw.
-    """
-    flags = np.array([is_flag(name) for name in names])
-    mean, std = seen.mean(axis=0, dtype=np.float64), seen.std(axis=0, dtype=np.float64)
-    return np.where(flags, 0.5, mean), np.where(flags, 0.5, np.where(std > 1e-3, std, 1.0))
 
 
 class _Keeper(BaseCallback):
@@ -286,7 +255,8 @@ def _to_policy(
     assert isinstance(normaliser, Normaliser)
     layers = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
     layers.append(model.policy.action_net)  # type: ignore[arg-type]
-    weights = {"mean": normaliser.mean, "std": normaliser.std}
+    seen = len(about["observation_names"])
+    weights = {"mean": normaliser.mean[:seen], "std": normaliser.std[:seen]}
     for i, layer in enumerate(layers):
         weights |= {f"weight_{i}": layer.weight, f"bias_{i}": layer.bias}
     card = PolicyCard(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -26,27 +27,36 @@ class ShardVecEnv(VecEnv):
     not depend on a run's own actions, so the best policy stays the best (the leave-one-out
     baseline of arXiv 2402.14740).
 
+    Observations: the run's own `n_seen` entries; with pairs, then what they differ by from the
+    mean of the other runs at the same moment, for a critic that has to say what a run will gain
+    over them.
+
     Args:
         shards: The row; it stays the caller's to close.
         paired_runs: Runs per group; 1 gives plain rewards.
+        bound_cost: Taken off the reward for every largest move that a knob's bound blocks.
 
     Attributes:
         reward_unit: Rewards are divided by it. Differences between paired runs are small beside
             the improvement that all share; in a unit of their own size a critic learns them.
     """
 
-    def __init__(self, shards: ShardRow, paired_runs: int = 1) -> None:
+    def __init__(self, shards: ShardRow, paired_runs: int = 1, bound_cost: float = 0.0) -> None:
         check_pairs(shards.n_envs, paired_runs)
-        self.shards, self.paired_runs = shards, paired_runs
+        self.shards, self.paired_runs, self.bound_cost = shards, paired_runs, bound_cost
         self.reward_unit = 1.0
         about = shards.describe()
+        own = about["observation_space"]
+        self.n_seen = own.shape[0]
+        if paired_runs > 1:
+            apart = own.high - own.low
+            low, high = np.append(own.low, -apart), np.append(own.high, apart)
+            own = gymnasium.spaces.Box(low, high, dtype=own.dtype)
         self._actions = np.zeros(0)
         self._seed = 0
         self._age = np.zeros((2, 0), dtype=np.int64)
         self._returns = np.zeros(0)
-        super().__init__(
-            shards.n_shards * shards.n_envs, about["observation_space"], about["action_space"]
-        )
+        super().__init__(shards.n_shards * shards.n_envs, own, about["action_space"])
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = 0 if seed is None else seed
@@ -58,7 +68,7 @@ class ShardVecEnv(VecEnv):
         self._returns = np.zeros(self.num_envs)
         n = self.shards.n_envs
         chunks = [(seeds[k * n : (k + 1) * n],) for k in range(self.shards.n_shards)]
-        return np.concatenate(self.shards.call("reset", chunks))
+        return self._beside_pairs(np.concatenate(self.shards.call("reset", chunks)))
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -72,23 +82,36 @@ class ShardVecEnv(VecEnv):
         self._returns += reward
         for info, own, so_far in zip(per_run, reward, self._returns, strict=True):
             info |= {"own_reward": float(own), "own_return": float(so_far)}
-        relative = self._relative(reward) / self.reward_unit
+        relative = self._apart(reward[:, None])[:, 0] / self.reward_unit
+        relative -= self.bound_cost * np.array([info["blocked"] for info in per_run])
         self._age[1] += 1
         self._age[0, done] += 1
         self._age[1, done] = 0
         self._returns[done] = 0
-        return np.concatenate(observations), relative.astype(np.float32), done, per_run
+        seen = self._beside_pairs(np.concatenate(observations))
+        return seen, relative.astype(np.float32), done, per_run
 
-    def _relative(self, reward: np.ndarray) -> np.ndarray:
-        """Rewards minus the mean of the other runs at the same moment of the same episode."""
+    def _beside_pairs(self, observation: np.ndarray) -> np.ndarray:
+        """Observations as the critic sees them, `[num_envs, n_seen or 2 n_seen]`."""
         if self.paired_runs == 1:
-            return reward
-        groups = reward.reshape(-1, self.paired_runs)
+            return observation
+        apart = self._apart(observation).astype(observation.dtype)
+        return np.concatenate([observation, apart], axis=1)
+
+    def _apart(self, values: np.ndarray) -> np.ndarray:
+        """`[num_envs, n]` minus the mean of the other runs at the same moment of the same episode.
+
+        As they are without pairs; 0 for a run whose pairs are all elsewhere.
+        """
+        if self.paired_runs == 1:
+            return values
+        groups = values.reshape(-1, self.paired_runs, values.shape[1])
         age = self._age.reshape(2, -1, self.paired_runs)
         twins = (age[:, :, :, None] == age[:, :, None, :]).all(axis=0)
         twins &= ~np.eye(self.paired_runs, dtype=bool)
-        baseline = (twins * groups[:, None, :]).sum(axis=2) / np.maximum(twins.sum(axis=2), 1)
-        return (groups - baseline).reshape(-1)
+        n_twins = twins.sum(axis=2)[:, :, None]
+        apart = (n_twins > 0) * (groups - twins @ groups / np.maximum(n_twins, 1))
+        return apart.reshape(values.shape)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"age": self._age.copy(), "returns": self._returns.copy()}

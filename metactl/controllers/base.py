@@ -60,5 +60,5 @@ class BaseController(abc.ABC):
             observation: Where the knobs are now.
             progress: Fraction of the run that a control step covers.
         """
-        largest = np.array([knob.max_move for knob in self.codec.knobs.knobs]) * progress
+        largest = self.codec.knobs.max_moves * progress
         return np.clip((target - self.codec.positions(observation)) / largest, -1, 1)

@@ -189,7 +189,7 @@ def test_trials_of_one_shard_in_this_process_come_back_in_order():
 def test_paired_runs_live_through_the_same_episode_and_groups_do_not():
     starts, _, infos = rewarded(2)
     single, _, _ = rewarded(1)
-    np.testing.assert_array_equal(starts, single[[0, 0, 1, 1]])
+    np.testing.assert_array_equal(starts[:, : single.shape[1]], single[[0, 0, 1, 1]])
     assert infos[0][0]["probe_loss"] != infos[0][2]["probe_loss"]
 
 
@@ -208,7 +208,7 @@ def test_a_run_alone_is_rewarded_by_its_own_improvement():
     assert (rewards > 0).any()
 
 
-def test_a_run_whose_pair_has_moved_on_is_rewarded_by_its_own_improvement():
+def test_a_run_whose_pair_has_moved_on_is_compared_with_nobody():
     with ShardRow(TOY, 2, {"n_control_steps": 8, "diverge_above": 0.9}, n_workers=0) as row:
         env = ShardVecEnv(row, paired_runs=2)
         env.reset()
@@ -217,8 +217,49 @@ def test_a_run_whose_pair_has_moved_on_is_rewarded_by_its_own_improvement():
             if done.any():
                 break
         assert done.tolist() == [True, False]
-        _, reward, _, infos = env.step(np.zeros((2, 2), dtype=np.float32))
-    assert reward.tolist() == pytest.approx([info["own_reward"] for info in infos])
+        seen, reward, _, infos = env.step(np.zeros((2, 2), dtype=np.float32))
+    assert reward.tolist() == [0, 0]
+    assert not seen[:, env.n_seen :].any()
+    assert all(info["own_reward"] != 0 for info in infos)
+
+
+def test_paired_runs_are_observed_with_how_far_they_are_from_the_others():
+    moves = np.random.default_rng(0).uniform(-1, 1, (4, 2)).astype(np.float32)
+    with ShardRow(TOY, 4, {}, n_workers=0) as row:
+        env = ShardVecEnv(row, paired_runs=4)
+        env.seed(3)
+        start = env.reset()
+        seen = env.step(moves)[0]
+    assert env.observation_space.contains(seen[0])
+    own, apart = np.split(seen, [env.n_seen], axis=1)
+    others = (own.sum(axis=0) - own) / 3
+    np.testing.assert_allclose(apart, own - others, atol=1e-6)
+    assert not start[:, env.n_seen :].any()
+    assert np.abs(apart).max() > 1e-3
+
+
+def pushed(bound_cost, **options):
+    """Rewards and blocked moves of toy runs whose knobs are pushed to a bound and beyond it."""
+    push = np.array([[1.0, -0.5]] * 4, dtype=np.float32)
+    with ShardRow(TOY, 4, {"n_control_steps": 40, **options}, n_workers=0) as row:
+        env = ShardVecEnv(row, bound_cost=bound_cost)
+        env.reset()
+        steps = [env.step(push) for _ in range(20)]
+    blocked = [[info["blocked"] for info in step[3]] for step in steps]
+    return np.array([step[1] for step in steps]), np.array(blocked)
+
+
+def test_pushing_against_a_bound_costs():
+    (free, _), (charged, blocked) = pushed(0.0), pushed(0.25)
+    # From the middle, one knob is at its bound after 5 control steps and the other after 10.
+    expected = np.repeat([0.0, 1.0, 1.5], [5, 5, 10])
+    np.testing.assert_allclose(blocked, np.tile(expected[:, None], 4), atol=1e-6)
+    np.testing.assert_allclose(free - charged, 0.25 * blocked, atol=1e-6)
+
+
+def test_pushing_a_frozen_knob_costs_nothing():
+    _, blocked = pushed(0.25, freeze=1.0)  # leaves every run one knob
+    assert set(blocked[-1].round(6)) <= {0.5, 1.0}
 
 
 def test_a_run_says_what_its_episode_returned_also_after_a_checkpoint():

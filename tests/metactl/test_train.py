@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_plant import TOY
 
@@ -16,7 +17,8 @@ from metactl.controllers import Learned, Static
 from metactl.rollout import Trial
 from metactl.rundir import RunDirectoryError
 from metactl.shards import ShardRow, make_population
-from metactl.train import TrainConfig, train
+from metactl.train import TrainConfig, build_ppo, build_shards, train
+from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
 TINY = {
@@ -37,7 +39,8 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 from metactl.config import parse
-from metactl.train import TrainConfig, train
+from metactl.train import TrainConfig, build_ppo, build_shards, train
+from metactl.vec_env import ShardVecEnv
 
 torch.set_num_threads(1)
 
@@ -265,3 +268,18 @@ def test_training_finds_a_policy_that_beats_knobs_at_rest_on_paired_runs(tmp_pat
         ]
     gain = np.array(final[1]) - np.array(final[0])
     assert gain.mean() > 4 * gain.std() / np.sqrt(64)
+
+
+def test_the_critic_sees_the_pairs_and_the_actor_does_not():
+    with build_shards(config(TOYS)) as shards:
+        model = build_ppo(config(TOYS), ShardVecEnv(shards, paired_runs=4))
+        seen = model.env.reset()
+        apart = seen.copy()
+        apart[:, model.env.n_seen :] += 1
+        actions, values = [], []
+        for observation in (seen, apart):
+            tensor = torch.from_numpy(observation)
+            actions.append(model.predict(observation, deterministic=True)[0])
+            values.append(model.policy.predict_values(tensor).detach().numpy())
+    np.testing.assert_array_equal(*actions)
+    assert (values[0] != values[1]).all()

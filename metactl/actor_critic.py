@@ -1,0 +1,92 @@
+"""The networks that PPO trains: an actor that sees one run, a critic that also sees its pairs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from metactl.knobs import FloatArray
+from metactl.policy import CLIP
+from metactl.signals import is_flag
+
+
+class Normaliser(BaseFeaturesExtractor):
+    """Standardises observations with statistics that are estimated once, then frozen."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, observation_space: gymnasium.Space[Any]) -> None:
+        assert observation_space.shape is not None
+        size = observation_space.shape[0]
+        super().__init__(observation_space, features_dim=size)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
+
+
+def standardisation(seen: np.ndarray, names: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+    """Mean and deviation of every entry of observations `[n, n_entries]`.
+
+    Flags are 0.5 and 0.5, so that 0 and 1 lie at -1 and 1: a flag that happens to be constant in
+    the calibration would put a run with the other value far outside of all that training saw.
+
+    Args:
+        seen: Observations; entries beyond the names are differences to paired runs.
+        names: Of the entries that a policy sees, which come first.
+    """
+    flags = np.zeros(seen.shape[1], dtype=bool)
+    flags[: len(names)] = [is_flag(name) for name in names]
+    mean, std = seen.mean(axis=0, dtype=np.float64), seen.std(axis=0, dtype=np.float64)
+    return np.where(flags, 0.5, mean), np.where(flags, 0.5, np.where(std > 1e-3, std, 1.0))
+
+
+class AsymmetricPolicy(ActorCriticPolicy):
+    """An actor that sees the first `n_seen` entries of the features; the critic sees all.
+
+    The critic is gone when a policy is used, so it may see what no controller can (arXiv
+    1710.06542): where paired runs are. What a run gains over its pairs depends on that.
+    """
+
+    def __init__(self, *args: Any, n_seen: int, hidden: Sequence[int], **kwargs: Any) -> None:
+        self._n_seen, self._hidden = n_seen, tuple(hidden)
+        super().__init__(*args, **kwargs)
+
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = _Networks(self._n_seen, self.features_dim, self._hidden)
+
+
+class _Networks(nn.Module):
+    """The hidden layers of actor and critic, under the names that Stable-Baselines3 asks for."""
+
+    def __init__(self, n_seen: int, n_all: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.n_seen = n_seen
+        self.latent_dim_pi = self.latent_dim_vf = hidden[-1]
+        self.policy_net, self.value_net = _tanh_layers(n_seen, hidden), _tanh_layers(n_all, hidden)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.forward_actor(features), self.forward_critic(features)
+
+    def forward_actor(self, features: Tensor) -> Tensor:
+        latent: Tensor = self.policy_net(features[:, : self.n_seen])
+        return latent
+
+    def forward_critic(self, features: Tensor) -> Tensor:
+        latent: Tensor = self.value_net(features)
+        return latent
+
+
+def _tanh_layers(n_in: int, hidden: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for n_out in hidden:
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+        n_in = n_out
+    return nn.Sequential(*layers)
