@@ -60,7 +60,9 @@ class AsymmetricPolicy(ActorCriticPolicy):
         super().__init__(*args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = _Networks(self._n_seen, self.features_dim, self._hidden)
+        self.mlp_extractor = _Networks(  # type: ignore[assignment]
+            self._n_seen, self.features_dim, self._hidden
+        )
 
 
 class _Networks(nn.Module):

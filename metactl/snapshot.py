@@ -69,12 +69,22 @@ def snapshot(
 def restore(
     model: PPO, shards: ShardRow, tensors: dict[str, Tensor], scalars: dict[str, Any]
 ) -> None:
-    """Puts a snapshot in force."""
+    """Puts a snapshot in force.
+
+    Raises:
+        RunDirectoryError: If it is not of a training like this one.
+    """
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    model.policy.load_state_dict(under("policy/"))
+    try:
+        model.policy.load_state_dict(under("policy/"))
+    except RuntimeError as error:
+        raise RunDirectoryError(
+            f"The checkpoint has other networks than this training: it was begun with other "
+            f"settings, or by another version (metactl {scalars['versions']['metactl']})"
+        ) from error
     optimizer = model.policy.optimizer.state_dict()
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in under("optimizer/").items():

@@ -226,6 +226,12 @@ def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
         train(parse(TrainConfig, values, "test"), tmp_path, resume=True)
 
 
+def test_resuming_with_other_networks_is_refused_in_words(tmp_path):
+    interrupted(config(TOYS), tmp_path, after=28)
+    with pytest.raises(RunDirectoryError, match="other networks than this training"):
+        train(config(TOYS, hidden=[8]), tmp_path, resume=True)
+
+
 def test_workers_learn_on_their_own_variants_in_units_of_their_own(tmp_path):
     """A distance ten times as far gives improvements ten times as large, and rewards alike."""
     variants = [{}, {"farther": 10.0}]
