@@ -46,17 +46,17 @@ class ShardVecEnv(VecEnv):
         self.shards, self.paired_runs, self.bound_cost = shards, paired_runs, bound_cost
         self.reward_unit = 1.0
         about = shards.describe()
-        own = about["observation_space"]
-        self.n_seen = own.shape[0]
+        space = about["observation_space"]
+        self.n_seen = space.shape[0]
         if paired_runs > 1:
-            apart = own.high - own.low
-            low, high = np.append(own.low, -apart), np.append(own.high, apart)
-            own = gymnasium.spaces.Box(low, high, dtype=own.dtype)
+            apart = space.high - space.low
+            low, high = np.append(space.low, -apart), np.append(space.high, apart)
+            space = gymnasium.spaces.Box(low, high, dtype=space.dtype)
         self._actions = np.zeros(0)
         self._seed = 0
         self._age = np.zeros((2, 0), dtype=np.int64)
         self._returns = np.zeros(0)
-        super().__init__(shards.n_shards * shards.n_envs, own, about["action_space"])
+        super().__init__(shards.n_shards * shards.n_envs, space, about["action_space"])
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = 0 if seed is None else seed
