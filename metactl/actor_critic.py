@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import Tensor, nn
 
 from metactl.knobs import FloatArray
@@ -71,8 +71,9 @@ class _Networks(nn.Module):
     def __init__(self, n_seen: int, n_all: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.n_seen = n_seen
-        self.latent_dim_pi = self.latent_dim_vf = hidden[-1]
-        self.policy_net, self.value_net = _tanh_layers(n_seen, hidden), _tanh_layers(n_all, hidden)
+        self.latent_dim_pi, self.latent_dim_vf = (n_seen, *hidden)[-1], (n_all, *hidden)[-1]
+        layers = [create_mlp(n_in, -1, list(hidden), nn.Tanh) for n_in in (n_seen, n_all)]
+        self.policy_net, self.value_net = (nn.Sequential(*modules) for modules in layers)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         return self.forward_actor(features), self.forward_critic(features)
@@ -84,11 +85,3 @@ class _Networks(nn.Module):
     def forward_critic(self, features: Tensor) -> Tensor:
         latent: Tensor = self.value_net(features)
         return latent
-
-
-def _tanh_layers(n_in: int, hidden: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for n_out in hidden:
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-        n_in = n_out
-    return nn.Sequential(*layers)

@@ -81,8 +81,8 @@ class PPOConfig:
             arXiv 2005.05719) instead of independent noise in every control step.
         paired_runs: Runs that share their episodes and are rewarded relative to each other.
         bound_cost: Reward that a control step loses where a knob's bound blocks a whole move, in
-            units of how far paired runs end apart. Without it a policy pushes on at a bound, where
-            no exploration moves the knob any more, and never learns when to leave it.
+            units of how far paired runs end apart. A policy that pushes on at a bound moves the
+            knob no more, whatever it explores.
     """
 
     total_timesteps: int = 50_000
@@ -105,6 +105,8 @@ class PPOConfig:
         for name in (*counts, "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if any(units < 1 for units in self.hidden):
+            raise ValueError(f"hidden must be units of at least 1, got {list(self.hidden)}")
         if not 0 <= self.bound_cost < math.inf:
             raise ValueError(f"bound_cost must be at least 0, got {self.bound_cost}")
         for name in ("gamma", "gae_lambda"):

@@ -98,6 +98,7 @@ def test_an_unknown_key_that_resembles_none_lists_the_known():
         ("ppo.gamma", 0.0),
         ("ppo.gamma", 1.1),
         ("ppo.gae_lambda", -0.1),
+        ("ppo.bound_cost", -0.1),
         ("ppo.total_timesteps", 0),
         ("ppo.n_steps", -3),
         ("ppo.batch_size", 0),
@@ -112,6 +113,10 @@ def test_a_value_out_of_range_is_refused_with_its_name_and_what_was_received(key
     message = refusal(**{key.replace(".", "__"): value})
     assert key.split(".")[-1] in message
     assert re.search(rf"got {re.escape(str(value))}\b", message)
+
+
+def test_a_hidden_layer_without_units_is_refused():
+    assert "hidden must be units of at least 1, got [64, 0]" in refusal(ppo__hidden=[64, 0])
 
 
 def test_fewer_workers_than_variants_are_refused_with_both_numbers():

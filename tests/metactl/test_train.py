@@ -39,8 +39,7 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 from metactl.config import parse
-from metactl.train import TrainConfig, build_ppo, build_shards, train
-from metactl.vec_env import ShardVecEnv
+from metactl.train import TrainConfig, train
 
 torch.set_num_threads(1)
 
@@ -274,6 +273,12 @@ def test_training_finds_a_policy_that_beats_knobs_at_rest_on_paired_runs(tmp_pat
         ]
     gain = np.array(final[1]) - np.array(final[0])
     assert gain.mean() > 4 * gain.std() / np.sqrt(64)
+
+
+def test_a_policy_without_hidden_layers_is_linear(tmp_path):
+    policy = train(config(TOYS, hidden=[]), tmp_path)
+    assert policy.card.hidden == () and {"weight_0", "bias_0"} <= set(policy.weights)
+    assert "weight_1" not in policy.weights
 
 
 def test_the_critic_sees_the_pairs_and_the_actor_does_not():
