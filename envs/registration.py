@@ -21,7 +21,8 @@ def _require_own_models() -> None:
 _require_own_models()
 
 from envs.transformer_run import AdaptiveTransformerRun, RunConfig, build_run  # noqa: E402
-from metactl.env import TrainingRunEnv, TrainingRunVectorEnv, split_options  # noqa: E402
+from metactl.env import TrainingRunEnv, TrainingRunVectorEnv  # noqa: E402
+from metactl.episodes import split_options  # noqa: E402
 
 __all__ = ["AdaptiveTransformerRun", "RunConfig", "make_environment", "make_vector_environment"]
 

@@ -11,7 +11,8 @@ from tracking_plant import Tracking
 
 from metactl.config import EnvironmentConfig, PPOConfig, TrainConfig
 from metactl.controllers import Learned, Static
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.rollout import Trial, play
 from metactl.train import train
 

@@ -7,7 +7,8 @@ import gymnasium
 import numpy as np
 
 from metactl import Knob, Measurement, TrainingRun
-from metactl.env import TrainingRunVectorEnv, split_options
+from metactl.env import TrainingRunVectorEnv
+from metactl.episodes import split_options
 
 
 class Tracking(TrainingRun):

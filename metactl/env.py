@@ -5,77 +5,19 @@ One control step: action -> knob values -> optimizer steps -> measurement -> obs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass as validated
 
-from metactl.config import parse
+from metactl.episodes import ControlConfig, Episode, draw_episode, horizon_seed
 from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.run import Measurement, TrainingRun
 from metactl.signals import BOUND, INTERNAL, UNIVERSAL, Codec, History
-
-
-@validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class ControlConfig:
-    """How an environment is controlled and how its episodes begin.
-
-    Args:
-        n_control_steps: Decisions per training run.
-        split: `"meta_train"` or `"meta_test"`: which tasks are drawn.
-        reward_scale: Improvement of a default run, in nats; the reward's unit.
-        random_start: Probability that an episode begins with random knob positions.
-        freeze: Probability that a knob is frozen (unavailable) in an episode.
-        hide: Probability that a group of signals is hidden in an episode, as if the run could not
-            measure it.
-    """
-
-    n_control_steps: int = 40
-    split: str = "meta_train"
-    reward_scale: float = 1.0
-    random_start: float = 0.0
-    freeze: float = 0.0
-    hide: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.n_control_steps < 1:
-            raise ValueError(f"n_control_steps must be at least 1, got {self.n_control_steps}")
-        for name in ("random_start", "freeze", "hide"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-
-
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], ControlConfig]:
-    """Separates the options of a run from those of its control."""
-    names = {field.name for field in fields(ControlConfig)}
-    control = {key: value for key, value in options.items() if key in names}
-    rest = {key: value for key, value in options.items() if key not in names}
-    return rest, parse(ControlConfig, control, "the environment")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Episode:
-    """How one episode begins.
-
-    Args:
-        task_seed: Determines the task.
-        run_seed: Determines weights, batches and noise.
-        positions: Knob positions `[n_knobs]` in [0, 1].
-        available: 1 where a knob may move, `[n_knobs]`.
-        hidden: Groups of signals that are not observed.
-    """
-
-    task_seed: int
-    run_seed: int
-    positions: FloatArray
-    available: FloatArray
-    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,22 +78,7 @@ class ControlLoop:
 
     def draw_episode(self, seed: int, index: int) -> Episode:
         """The `index`-th episode of an environment seed."""
-        rng = np.random.default_rng([seed, index])
-        run_seed = int(rng.integers(0, 2**31))
-        task_seed = spread_seed(index, seed)
-        positions = self.knobs.default_positions(1)[0]
-        if rng.random() < self.config.random_start:
-            positions = rng.random(len(self.knobs))
-        available = (rng.random(len(self.knobs)) >= self.config.freeze).astype(np.float64)
-        if not available.any():
-            available[rng.integers(len(self.knobs))] = 1.0
-        return Episode(
-            task_seed=task_seed,
-            run_seed=run_seed,
-            positions=positions,
-            available=available,
-            hidden=tuple(group for group in self.codec.groups if rng.random() < self.config.hide),
-        )
+        return draw_episode(self.config, self.knobs, self.codec.groups, seed, index)
 
     def reset(self, rows: Sequence[int], episodes: Sequence[Episode]) -> np.ndarray:
         """Starts episodes in some rows; returns the observations of all rows."""
@@ -227,16 +154,6 @@ class ControlLoop:
         return (*episode, "control_step", "value", "start_loss")
 
 
-def spread_seed(stream: int, place: int) -> int:
-    """A task seed; consecutive places of a stream give consecutive seeds.
-
-    Task families spread what they draw evenly over consecutive seeds, so that the tasks played
-    side by side are alike as a set, not only on average.
-    """
-    base = int(np.random.default_rng([stream, 0x5EED]).integers(2**31))
-    return (base + place) % 2**31
-
-
 def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
     observation = gymnasium.spaces.Box(-BOUND, BOUND, (len(loop.codec),), np.float32)
     action = gymnasium.spaces.Box(-1.0, 1.0, (len(loop.knobs),), np.float32)
@@ -292,7 +209,7 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         if seed is not None:
             self._seed, self._episode = seed, 0
-        self.loop.draw_horizon(_horizon_seed(self._seed, self._episode))
+        self.loop.draw_horizon(horizon_seed(self._seed, self._episode))
         episode = self.loop.draw_episode(self._seed, self._episode)
         self._episode += 1
         return self.loop.reset([0], [episode])[0], {}
@@ -354,7 +271,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
 
     def _begin(self, rows: list[int]) -> np.ndarray:
         if len(rows) == self.num_envs:
-            self.loop.draw_horizon(_horizon_seed(int(self._seeds[0]), int(self._episodes[0])))
+            self.loop.draw_horizon(horizon_seed(int(self._seeds[0]), int(self._episodes[0])))
         episodes = [
             self.loop.draw_episode(int(self._seeds[i]), int(self._episodes[i])) for i in rows
         ]
@@ -394,7 +311,3 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
 
     def close_extras(self, **kwargs: Any) -> None:
         self.loop.run.close()
-
-
-def _horizon_seed(seed: int, episode: int) -> int:
-    return int(np.random.default_rng([seed, episode, 2]).integers(2**31))

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metactl.controllers.base import BaseController
-from metactl.env import ControlLoop, Episode, Step
+from metactl.env import ControlLoop, Step
+from metactl.episodes import Episode
 from metactl.knobs import FloatArray
 from metactl.run import DISTURBED
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from metactl.controllers import Static
-from metactl.env import ControlLoop, Episode
+from metactl.env import ControlLoop
+from metactl.episodes import Episode
 from metactl.evaluation.arms import paired_episodes
 from metactl.knobs import FloatArray
 from metactl.rollout import Trial, TrialResult

@@ -6,7 +6,8 @@ import torch
 
 from envs.disturbances import KINDS, Disturbances
 from envs.transformer_run import build_run
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 
 TINY = {
     "task": "recall",

@@ -8,7 +8,8 @@ import torch
 
 from envs.transformer_run import RunConfig, build_run
 from metactl.config import ConfigError
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.knobs import KnobSet
 from metactl.signals import INTERNAL_NAMES
 

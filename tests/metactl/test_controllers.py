@@ -21,7 +21,8 @@ from metactl.controllers import (
     Together,
     WithSignalsOf,
 )
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.homeostasis import SetPoints
 from metactl.policy import PolicyCard
 from metactl.rollout import Trial, play

@@ -9,7 +9,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 from toy_plant import TOY, ToyPlant
 
 from envs.transformer_run import build_run
-from metactl.env import ControlConfig, ControlLoop, TrainingRunEnv, TrainingRunVectorEnv
+from metactl.env import ControlLoop, TrainingRunEnv, TrainingRunVectorEnv
+from metactl.episodes import ControlConfig
 from metactl.shards import ShardRow
 from metactl.signals import GROUPS
 from metactl.vec_env import ShardVecEnv

@@ -9,7 +9,8 @@ from toy_plant import TOY, ToyPlant
 
 from metactl.config import ConfigError
 from metactl.controllers import BaseController, Plateau, Schedule, Static, WithSignalsOf
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.evaluation import (
     Where,
     headroom,

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_plant import RATE, ToyPlant
 
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.reward import ImprovementReward
 
 SETTINGS = settings(max_examples=30, deadline=None, database=None)

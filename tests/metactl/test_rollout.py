@@ -3,7 +3,8 @@ import pytest
 from toy_plant import Overfitting, ToyPlant
 
 from metactl.controllers import BaseController, RandomMoves, Static
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.rollout import BestCheckpoint, Trial, play
 
 N = 10

@@ -4,7 +4,8 @@ from toy_plant import Exploding, ToyPlant
 
 from metactl import Measurement, SingleRuns
 from metactl.controllers import Static
-from metactl.env import ControlConfig, ControlLoop
+from metactl.env import ControlLoop
+from metactl.episodes import ControlConfig
 from metactl.rollout import Trial, play
 from metactl.run import join_measurements
 

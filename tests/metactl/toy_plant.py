@@ -7,7 +7,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from metactl.env import TrainingRunEnv, TrainingRunVectorEnv, split_options
+from metactl.env import TrainingRunEnv, TrainingRunVectorEnv
+from metactl.episodes import split_options
 from metactl.knobs import Knob
 from metactl.run import Diverged, Measurement, TrainingRun
 
