@@ -215,6 +215,7 @@ def _evaluate(command: Evaluate) -> int:
         grid_points=command.grid,
         seed=command.seed,
         settings=[parse_setting(text) for text in command.static],
+        rivals={f"rival {path}": Policy.load(path) for path in command.rival},
         controls=True,
         each_group=full,
         each_knob=full,
@@ -260,7 +261,7 @@ def _folder_of_runs(run_dir: Path) -> Path:
 
 
 def _require_headroom_options(command: Evaluate) -> None:
-    for flag in ("update_card", "figure"):
+    for flag in ("update_card", "figure", "rival"):
         if getattr(command, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
     if not command.families:

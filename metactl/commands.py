@@ -109,6 +109,8 @@ class Evaluate:
     """Static settings over all knobs, the default among them."""
     static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
+    rival: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Another policy on the same runs, folder or name, e.g. --rival default."""
     schedule_runs: int = 0
     """Also search the best schedule by CMA-ES with so many runs, and as many more (0: none) told
     how much data a task has."""

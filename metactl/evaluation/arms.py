@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import qmc
 
+from metactl.config import ConfigError
 from metactl.controllers import (
     BaseController,
     GapDriven,
@@ -20,7 +21,7 @@ from metactl.controllers import (
     Together,
     WithSignalsOf,
 )
-from metactl.env import Episode
+from metactl.episodes import Episode
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.rollout import Trial, TrialResult
@@ -76,7 +77,15 @@ def play_arms(
     seed: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Results:
-    """Plays every arm on the same tasks; their controllers stay as they were."""
+    """Plays every arm on the same tasks; their controllers stay as they were.
+
+    Raises:
+        ConfigError: If two arms have the same name.
+    """
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name!r} is there {names.count(name)} times; once is enough")
     trials = []
     for arm in arms:
         controllers = [deepcopy(controller) for controller in arm.controllers]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metactl.config import ConfigError
@@ -55,6 +55,7 @@ class EvaluationPlan:
         grid_points: Static settings over all knobs, the default among them.
         seed: Of the tasks and runs.
         settings: Further static settings by knob name, in the grid and as arms of their own.
+        rivals: Other policies, as arms of these names.
         controls: Random moves, yoked runs, signals of another run: what tells feedback apart.
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
@@ -71,6 +72,7 @@ class EvaluationPlan:
     grid_points: int
     seed: int = 0
     settings: Sequence[Mapping[str, float]] = ()
+    rivals: Mapping[str, Policy] = field(default_factory=dict)
     controls: bool = False
     each_group: bool = False
     each_knob: bool = False
@@ -117,11 +119,12 @@ def evaluate(
     _require_feasible(plan, where)
     with closing(where.open()) as shards:
         about = shards.describe()
-        if about["n_control_steps"] != policy.card.n_control_steps:
-            raise ConfigError(
-                f"The policy decides {policy.card.n_control_steps} times per run; the runs have "
-                f"n_control_steps={about['n_control_steps']}"
-            )
+        for name, each in {"policy": policy, **plan.rivals}.items():
+            if about["n_control_steps"] != each.card.n_control_steps:
+                raise ConfigError(
+                    f"The {name} decides {each.card.n_control_steps} times per run; the runs have "
+                    f"n_control_steps={about['n_control_steps']}"
+                )
         knobs, names = KnobSet(about["knobs"]), about["observation_names"]
         default = knobs.default_positions(1)[0]
         points = static_grid(knobs, plan.grid_points)
@@ -129,6 +132,7 @@ def evaluate(
         chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
         rules = [rule_arm(default), *more_rule_arms(knobs, default)]
         first = [policy_arm(policy, default), *rules, *grid, *chosen]
+        first += [from_arm(rival, name, default) for name, rival in plan.rivals.items()]
         if plan.controls:
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
         if plan.each_knob:

@@ -139,21 +139,22 @@ def test_train_takes_a_rotation(tmp_path: Path) -> None:
 def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path) -> None:
     report, figure = tmp_path / "new" / "report.json", tmp_path / "runs.png"
     static = ("--static", "dropout=0,embedding_width=0.5")
+    twin = shutil.copytree(trained / "policy", tmp_path / "twin")
     small = (*static, "--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
-    code = metactl(
-        "evaluate", "--policy", trained / "policy", "--json", report, "--figure", figure, *small
-    )
-    assert code == 0
+    small += ("--rival", twin, "--json", report, "--figure", figure)
+    assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
+    arms |= {f"rival {twin}"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
         interval = summary["policy_minus"][arm]["final_test"]
         assert interval["low"] <= interval["estimate"] <= interval["high"]
         assert len(summary["arms"][arm]["final_test_per_task"]) == 3
+    assert summary["policy_minus"][f"rival {twin}"]["final_test"]["estimate"] == 0
     assert summary["arms"]["default"]["flops"] > 0
     assert 0 <= summary["arms"]["default"]["homeostasis_index"] <= 1
     assert set(summary["moves_explained_by_progress"]) >= {"dropout", "rope_base"}
@@ -275,6 +276,10 @@ def test_refusals_are_one_line_that_names_the_thing(
     evaluate = ("evaluate", "--policy", policy, "--n-tasks", 2, "--n-workers", 0)
     assert "--static takes KNOB=NUMBER" in refused(capsys, *evaluate, "--static", "dropout")
     assert "Did you mean 'dropout'?" in refused(capsys, *evaluate, "--static", "dropuot=0")
+    twice = ("--static", "dropout=0", "--static", "dropout=0")
+    assert "'static dropout=0' is there 2 times" in refused(capsys, *evaluate, *twice)
+    assert "Unknown policy 'defualt'" in refused(capsys, *evaluate, "--rival", "defualt")
+    assert "rival default decides 40 times" in refused(capsys, *evaluate, "--rival", "default")
     assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--set", "task=txet")
     assert "d_modle" in refused(capsys, *evaluate, "--set", "d_modle=64")
     headroom = (*evaluate, "--headroom")
