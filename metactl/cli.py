@@ -318,6 +318,7 @@ def _sweep(command: Sweep) -> int:
     root = open_run_directory(command.run_dir, "sweep", dump(config), resume=begun)
     from metactl.sweep.report import (
         against_policy,
+        missing_members,
         policy_sentence,
         result_table,
         write_report,
@@ -342,6 +343,8 @@ def _sweep(command: Sweep) -> int:
     if not outcome.results:
         return 1
     print(f"Results: {root / 'results.csv'}   Picture: {root / 'search.png'}")
+    if missing := missing_members(config, outcome):
+        print(missing, file=sys.stderr)
     policy = root / "policy"
     following = [f"metactl evaluate --policy {policy}"] if policy.exists() else []
     _print_next(*following, f"tensorboard --logdir {root / 'tb'}")

@@ -74,6 +74,16 @@ def _mean_policy(folders: list[Path], results: list[dict[str, Any]]) -> Policy:
     return Policy(replace(policy.card, training=training), policy.weights)
 
 
+def missing_members(config: SweepConfig, outcome: Outcome) -> str:
+    """Says that a mean is of fewer policies than it should be; empty where it is not."""
+    n = len(outcome.results)
+    if config.mean_of <= n:
+        return ""
+    return (
+        f"The policy is made of {n} trials, not of mean_of={config.mean_of}: no more of them ended"
+    )
+
+
 def against_policy(outcome: Outcome, root: Path) -> dict[str, Any]:
     """Of kind `"knobs"`: what the policy gains on the same tasks, and the best trial beside it.
 

@@ -19,7 +19,7 @@ from metactl.config import ConfigError, parse
 from metactl.policy import Policy
 from metactl.sweep.check import check_sweep, check_trials
 from metactl.sweep.config import SweepConfig, plan, trial_folder
-from metactl.sweep.report import write_report
+from metactl.sweep.report import missing_members, write_report
 from metactl.sweep.result import RESULT, STOPPED, read_result
 from metactl.sweep.run import Outcome
 from metactl.sweep.searcher import POINT, placed, require_searcher
@@ -315,6 +315,9 @@ def test_a_sweep_leaves_the_mean_of_its_best_policies(tmp_path):
     np.testing.assert_allclose(left.act(seen), expected, atol=1e-12)
     members = left.card.training["mean_of"]
     assert [member["score"] for member in members] == [r["score"] for r in results[:2]]
+    assert missing_members(config, outcome) == ""
+    one = Outcome(results=results[:1], stopped=[], failed={trials[1].name: "died"}, left=[])
+    assert "made of 1 trials, not of mean_of=2: no more ended" in missing_members(config, one)
 
 
 def test_a_mean_of_more_policies_than_trials_is_refused_before_anything_starts(tmp_path):
