@@ -79,9 +79,7 @@ def missing_members(config: SweepConfig, outcome: Outcome) -> str:
     n = len(outcome.results)
     if config.mean_of <= n:
         return ""
-    return (
-        f"The policy is made of {n} trials, not of mean_of={config.mean_of}: no more of them ended"
-    )
+    return f"The policy is made of {n} trials, not of mean_of={config.mean_of}: no more ended"
 
 
 def against_policy(outcome: Outcome, root: Path) -> dict[str, Any]:
