@@ -18,7 +18,7 @@ class Learned(BaseController):
         policy: The policy.
     """
 
-    band = 0.06  # chosen on tasks of meta-training (docs/evidence.md)
+    band = 0.06  # chosen on tasks of meta-training (docs/sweep_study.md)
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.set_points = policy, policy.card.set_points

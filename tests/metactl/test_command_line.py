@@ -286,6 +286,7 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "Unknown task 'txet'" in refused(capsys, *headroom, "--families", "txet")
     assert "--families needs" in refused(capsys, *headroom, "--families")
     assert "--figure is about a policy" in refused(capsys, *headroom, "--figure", new / "a.png")
+    assert "--rival is about a policy" in refused(capsys, *headroom, "--rival", policy)
     kept = tmp_path / "kept"
     assert metactl(*evaluate, "--grid", 1, "--n-envs", 2, "--run-dir", kept) == 0
     shutil.rmtree(kept / "played")
