@@ -6,13 +6,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import Tensor, nn
 
-from metactl.knobs import FloatArray
+from metactl.knobs import FloatArray, unknown_name
 from metactl.policy import CLIP
-from metactl.signals import is_flag
+from metactl.signals import INTERNAL, UNIVERSAL, is_flag
 
 
 class Normaliser(BaseFeaturesExtractor):
@@ -48,29 +49,59 @@ def standardisation(seen: np.ndarray, names: Sequence[str]) -> tuple[FloatArray,
     return np.where(flags, 0.5, mean), np.where(flags, 0.5, np.where(std > 1e-3, std, 1.0))
 
 
+def entries_of(signals: Sequence[str] | None, names: Sequence[str]) -> NDArray[np.bool_]:
+    """Which entries of an observation somebody sees who is shown some signals, and the knobs.
+
+    Args:
+        signals: By name; `None` for all.
+        names: Of the entries.
+
+    Raises:
+        ValueError: For a signal that the observation does not have.
+    """
+    if signals is None:
+        return np.ones(len(names), dtype=bool)
+    known = [name.removeprefix("signal/") for name in names if name.startswith("signal/")]
+    for signal in signals:
+        if signal not in known:
+            raise ValueError(unknown_name("signal", signal, known))
+    shown = {f"signal/{signal}" for signal in signals}
+    shown |= {f"has/{s.group}" for s in (*UNIVERSAL, *INTERNAL) if s.name in signals}
+    return np.array([name in shown or name.startswith("knob/") for name in names])
+
+
 class AsymmetricPolicy(ActorCriticPolicy):
-    """An actor that sees the first `n_seen` entries of the features; the critic sees all.
+    """An actor that sees some of the features; the critic sees all.
 
     The critic is gone when a policy is used, so it may see what no controller can (arXiv
     1710.06542): where paired runs are. What a run gains over its pairs depends on that.
+
+    Args:
+        seen: Of the first entries, those of the run itself: whether the actor sees each.
+        hidden: Units of the hidden layers.
     """
 
-    def __init__(self, *args: Any, n_seen: int, hidden: Sequence[int], **kwargs: Any) -> None:
-        self._n_seen, self._hidden = n_seen, tuple(hidden)
+    def __init__(
+        self, *args: Any, seen: NDArray[np.bool_], hidden: Sequence[int], **kwargs: Any
+    ) -> None:
+        self._seen, self._hidden = seen, tuple(hidden)
         super().__init__(*args, **kwargs)
 
     def _build_mlp_extractor(self) -> None:
         self.mlp_extractor = _Networks(  # type: ignore[assignment]
-            self._n_seen, self.features_dim, self._hidden
+            self._seen, self.features_dim, self._hidden
         )
 
 
 class _Networks(nn.Module):
     """The hidden layers of actor and critic, under the names that Stable-Baselines3 asks for."""
 
-    def __init__(self, n_seen: int, n_all: int, hidden: Sequence[int]) -> None:
+    seen: Tensor
+
+    def __init__(self, seen: NDArray[np.bool_], n_all: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.n_seen = n_seen
+        n_seen = len(seen)
+        self.register_buffer("seen", torch.from_numpy(seen).float(), persistent=False)
         self.latent_dim_pi, self.latent_dim_vf = (n_seen, *hidden)[-1], (n_all, *hidden)[-1]
         layers = [create_mlp(n_in, -1, list(hidden), nn.Tanh) for n_in in (n_seen, n_all)]
         self.policy_net, self.value_net = (nn.Sequential(*modules) for modules in layers)
@@ -79,7 +110,7 @@ class _Networks(nn.Module):
         return self.forward_actor(features), self.forward_critic(features)
 
     def forward_actor(self, features: Tensor) -> Tensor:
-        latent: Tensor = self.policy_net(features[:, : self.n_seen])
+        latent: Tensor = self.policy_net(features[:, : len(self.seen)] * self.seen)
         return latent
 
     def forward_critic(self, features: Tensor) -> Tensor:

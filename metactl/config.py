@@ -83,6 +83,8 @@ class PPOConfig:
         bound_cost: Reward that a control step loses where a knob's bound blocks a whole move, in
             units of how far paired runs end apart. A policy that pushes on at a bound moves the
             knob no more, whatever it explores.
+        signals: Those that the actor sees beside its knobs, such as `[progress]`; all by default. A
+            policy that does not see the run is the measure of one that does.
     """
 
     total_timesteps: int = 50_000
@@ -99,6 +101,7 @@ class PPOConfig:
     use_sde: bool = False
     paired_runs: int = 4
     bound_cost: float = 0.02
+    signals: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = ("total_timesteps", "n_steps", "batch_size", "n_epochs", "paired_runs")

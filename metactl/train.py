@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 
-from metactl.actor_critic import AsymmetricPolicy, Normaliser, standardisation
+from metactl.actor_critic import AsymmetricPolicy, Normaliser, entries_of, standardisation
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import EnvironmentConfig, TrainConfig, dump
@@ -122,6 +122,7 @@ def train(
 
 def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     ppo = config.ppo
+    names = env.shards.describe()["observation_names"]
     return PPO(
         AsymmetricPolicy,
         env,
@@ -135,7 +136,7 @@ def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
         ent_coef=ppo.ent_coef,
         use_sde=ppo.use_sde,
         policy_kwargs={
-            "n_seen": env.n_seen,
+            "seen": entries_of(ppo.signals, names),
             "hidden": ppo.hidden,
             "log_std_init": ppo.log_std_init,
             "features_extractor_class": Normaliser,
@@ -257,8 +258,10 @@ def _to_policy(
     layers.append(model.policy.action_net)  # type: ignore[arg-type]
     seen = len(about["observation_names"])
     weights = {"mean": normaliser.mean[:seen], "std": normaliser.std[:seen]}
+    shown = entries_of(config.ppo.signals, about["observation_names"])
     for i, layer in enumerate(layers):
         weights |= {f"weight_{i}": layer.weight, f"bias_{i}": layer.bias}
+    weights["weight_0"] = weights["weight_0"] * torch.from_numpy(shown)
     card = PolicyCard(
         format_version=FORMAT_VERSION,
         metactl_version=versions()["metactl"],

@@ -294,3 +294,29 @@ def test_the_critic_sees_the_pairs_and_the_actor_does_not():
             values.append(model.policy.predict_values(tensor).detach().numpy())
     np.testing.assert_array_equal(*actions)
     assert (values[0] != values[1]).all()
+
+
+def test_an_actor_that_is_shown_progress_alone_answers_nothing_else(tmp_path):
+    blind = config(TOYS, signals=["progress"])
+    policy = train(blind, tmp_path)
+    names = list(policy.card.observations)
+    with build_shards(blind) as shards:
+        model = build_ppo(blind, ShardVecEnv(shards, paired_runs=4))
+        seen = model.env.reset()
+    shown = [i for i, name in enumerate(names) if name == "signal/progress" or "knob/" in name]
+    other = seen.copy()
+    other[:, [i for i in range(len(names)) if i not in shown]] += 1
+    actions = [model.predict(each, deterministic=True)[0] for each in (seen, other)]
+    np.testing.assert_array_equal(*actions)
+    np.testing.assert_array_equal(
+        policy.act(seen[:, : len(names)]), policy.act(other[:, : len(names)])
+    )
+    for i in shown:
+        moved = seen[:, : len(names)].copy()
+        moved[:, i] += 1
+        assert (policy.act(moved) != policy.act(seen[:, : len(names)])).any(), names[i]
+
+
+def test_a_signal_that_runs_do_not_have_is_named(tmp_path):
+    with pytest.raises(ValueError, match="Unknown signal 'probes'"):
+        train(config(TOYS, signals=["probes"]), tmp_path)
