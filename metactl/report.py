@@ -52,6 +52,27 @@ def disturbed_table(summary: dict[str, Any], title: str) -> Table:
     return table
 
 
+def epochs_table(summary: dict[str, Any]) -> Table:
+    """The policy minus the settings, by how often a run saw its data."""
+    columns = ("default", "best static", "per-task best static")
+    title = "The policy minus them, by epochs of a run's data"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("epochs")
+    for header in ("tasks", *columns):
+        table.add_column(header, justify="right")
+    for group in summary["by_epochs"]:
+        differences = (_interval(group["policy_minus"][arm]) for arm in columns)
+        table.add_row(epochs_range(group), str(group["n_tasks"]), *differences)
+    return table
+
+
+def epochs_range(group: dict[str, Any]) -> str:
+    """The bounds of a group of tasks, in words."""
+    if group["to"] is None:
+        return f"{group['from']:g} or more"
+    return f"{group['from']:g} to {group['to']:g}" if group["from"] else f"below {group['to']:g}"
+
+
 def headroom_table(found: dict[str, dict[str, Any]]) -> Table:
     """By family, what the best static setting, the best for each task and a schedule gain."""
     columns = {

@@ -35,7 +35,12 @@ from metactl.evaluation.search import (
     best_linear_policy,
     best_schedule,
 )
-from metactl.evaluation.summary import column, moves_explained_by_progress, summarise
+from metactl.evaluation.summary import (
+    by_epochs,
+    column,
+    moves_explained_by_progress,
+    summarise,
+)
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
@@ -179,6 +184,7 @@ def evaluate(
             set_points=policy.card.set_points,
             names=names,
         ),
+        "by_epochs": by_epochs(results, names),
         "moves_explained_by_progress": dict(zip(knobs.names, explained.tolist(), strict=True)),
         "best_static_setting": best_setting,
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from metactl.statistics import (
 )
 
 _PER_TASK = "final_test_per_task"
+_EPOCHS = (0.0, 1.0, 10.0, np.inf)  # of the unique data by the end of a run: bounds of the groups
 
 
 def summarise(
@@ -113,6 +115,41 @@ def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) ->
         "worst_decile_regret": worst_decile(ours / theirs - 1),
         "share_of_run_to_its_final_loss": time_to_reach(policy, other),
     }
+
+
+def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Differences of the policy to every arm, by how often the runs saw their data.
+
+    Below one epoch nothing can be learned by heart; with many, regularisation pays.
+
+    Args:
+        results: Of all arms, `"policy"` among them.
+        names: Of the observations' entries.
+
+    Returns:
+        By group that has tasks: `from` and `to` (epochs, `None` without end), `n_tasks`, and
+        `policy_minus` by arm, final test losses in nats per token. Tasks that do not say how much
+        data they have are in none.
+    """
+    runs = results["policy"]
+    entries = [list(names).index(name) for name in ("has/unique_tokens", "signal/epochs")]
+    seen = np.array([run.observations[:, entries].max(axis=0) for run in runs], dtype=np.float64)
+    known, epochs = seen[:, 0] > 0, 10 ** seen[:, 1] - 1
+    groups = []
+    for low, high in pairwise(_EPOCHS):
+        inside = known & (epochs >= low) & (epochs < high)
+        if not inside.any():
+            continue
+        ours = column(runs, "final_test")[inside]
+        minus = {
+            arm: _finite(paired_difference(ours, column(others, "final_test")[inside]))
+            for arm, others in results.items()
+            if arm != "policy"
+        }
+        end = high if np.isfinite(high) else None
+        group = {"from": low, "to": end, "n_tasks": int(inside.sum()), "policy_minus": minus}
+        groups.append(group)
+    return groups
 
 
 def time_to_reach(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> float:

@@ -37,7 +37,7 @@ from metactl.evaluation.search import (
     best_linear_policy,
     best_schedule,
 )
-from metactl.evaluation.summary import moves_explained_by_progress, time_to_reach
+from metactl.evaluation.summary import by_epochs, moves_explained_by_progress, time_to_reach
 from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
@@ -378,6 +378,28 @@ def test_a_summary_pairs_the_policy_with_every_arm(shards):
     assert difference["probability_of_improvement"] == 1
     assert difference["worst_decile_regret"] == pytest.approx(4 / 4.5 - 1)
     assert summary["arms"]["policy"]["final_test_iqm"] == pytest.approx(2.5)
+
+
+def test_differences_are_grouped_by_how_often_runs_saw_their_data(shards):
+    names = shards.describe()["observation_names"]
+    entries = [names.index(name) for name in ("has/unique_tokens", "signal/epochs")]
+    one = result(shards)
+
+    def run(epochs, known, loss):
+        seen = one.observations.copy()
+        seen[:, entries] = 0
+        seen[1:, entries] = known, np.log10(1 + epochs)
+        return replace(one, observations=seen, final_test=loss)
+
+    epochs, known = [0.3, 0.9, 3.0, 40.0, 500.0], [1, 1, 1, 1, 0]
+    policy = [run(e, k, 2.0) for e, k in zip(epochs, known, strict=True)]
+    other = [replace(run, final_test=2.0 + i) for i, run in enumerate(policy)]
+    groups = by_epochs({"policy": policy, "other": other}, names)
+    found = [
+        (g["from"], g["to"], g["n_tasks"], g["policy_minus"]["other"]["estimate"]) for g in groups
+    ]
+    assert found == [(0, 1, 2, -0.5), (1, 10, 1, -2.0), (10, None, 1, -3.0)]
+    assert by_epochs({"policy": policy[-1:], "other": other[-1:]}, names) == []
 
 
 def test_excess_area_is_between_a_disturbed_run_and_its_twin_since_the_onset(shards):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evidence import DOCUMENTS, written
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,3 +32,14 @@ def test_every_file_of_the_tree_is_named_in_the_readme() -> None:
     assert len(files) > 20
     missing = [str(path.relative_to(ROOT)) for path in files if path.name not in readme]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_tables_of_results_are_what_the_files_of_the_evaluations_say(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count("<!-- end -->") >= 1
+    assert written(text) == text
+    figure = re.search(r"<!-- [^>]* -->.*?(\d\.\d{3})", text, flags=re.DOTALL)
+    assert figure is not None
+    spoiled = text[: figure.start(1)] + "9.999" + text[figure.end(1) :]
+    assert written(spoiled) == text

@@ -1,0 +1,164 @@
+"""Writes the tables of the documents from what evaluations measured, so that no figure is copied.
+
+    metactl evaluate ... --json docs/evaluation_NAME.json
+    python -m benchmarks.evidence            # writes the tables
+    python -m benchmarks.evidence --check    # says which are not what the files say
+
+A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
+`paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `epochs` or `disturbed`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from metactl.report import epochs_range
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "docs/evidence.md", "metactl/policies/default/README.md")
+_TABLE = re.compile(
+    r"<!-- (?P<name>\w+) (?P<kind>\w+)(?:: (?P<arms>[^>]*))? -->\n.*?<!-- end -->", re.S
+)
+_LABELS = {
+    "default": "default (dropout 0.1, base 10 000)",
+    "plateau and gap rules": "plateau and gap rules together",
+    "replay": "replay of the policy's mean trajectory",
+    "yoked": "yoked: its moves in another run of the task",
+    "best schedule": "best schedule (CMA-ES, on training tasks)",
+    "schedule told the data size": "best schedule that is told the data size",
+    "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
+    "best static of training tasks": "best static setting of training tasks",
+    "the same by size of the data": "best static setting of training tasks, by size of the data",
+    "policy from there": "the policy, begun at the best static of training tasks",
+    "policy from the worst static": "the policy, begun at the worst static setting",
+    "another run's all signals": "the policy, fed another run's signals",
+}
+_UNSHOWN = "best static of the grid"  # the same as the best static, or above it
+_SETTINGS = ("default", "best static", "per-task best static")
+
+
+def main(*, check: bool = False) -> int:
+    """Writes every table of the documents.
+
+    Args:
+        check: Write nothing; exit with 1 if a table is not what its file says.
+    """
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        fresh = written(text)
+        if fresh == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.write_text(fresh, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'not what the files say' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+def written(text: str) -> str:
+    """A document with its tables as the files say."""
+    return _TABLE.sub(_table, text)
+
+
+def _table(match: re.Match[str]) -> str:
+    begin = match[0].partition("\n")[0]
+    path = ROOT / "docs" / f"evaluation_{match['name']}.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    arms = [arm.strip() for arm in match["arms"].split(";")] if match["arms"] else []
+    rows = _KINDS[match["kind"]](summary, arms)
+    return "\n".join([begin, *("| " + " | ".join(row) + " |" for row in rows), "<!-- end -->"])
+
+
+def _paired(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
+    """All arms, or some, the worst first."""
+    shown = [arm for arm in arms or summary["arms"] if arm != _UNSHOWN]
+    header = ["arm", "test loss", "best ckpt", "policy minus arm (95 %)"]
+    rows = [[*header, "the same at best ckpt", "wins"], ["---", *["---:"] * 5]]
+    for arm in sorted(shown, key=lambda arm: -summary["arms"][arm]["final_test"]):
+        figures = summary["arms"][arm]
+        losses = [f"{figures[name]:.3f}" for name in ("final_test", "best_checkpoint_test")]
+        if arm == "policy":
+            rows.append([f"**{cell}**" for cell in (arm, *losses)] + [""] * 3)
+            continue
+        minus = summary["policy_minus"][arm]
+        differences = [_interval(minus[name]) for name in ("final_test", "best_checkpoint_test")]
+        wins = f"{100 * minus['probability_of_improvement']:.0f} %"
+        rows.append([_label(arm, summary), *losses, *differences, wins])
+    return rows
+
+
+def _differences(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
+    rows = [["the policy minus", "final", "at the best checkpoint"], ["---", "---:", "---:"]]
+    for arm in arms:
+        minus = summary["policy_minus"][arm]
+        columns = [_interval(minus[name]) for name in ("final_test", "best_checkpoint_test")]
+        rows.append([_label(arm, summary), *columns])
+    return rows
+
+
+def _epochs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
+    shown = [*_SETTINGS, *arms]
+    header = ["epochs of the data", "tasks", *(f"minus {_short(arm)}" for arm in shown)]
+    rows = [header, ["---", *["---:"] * (len(shown) + 1)]]
+    for group in summary["by_epochs"][::-1]:
+        differences = [_interval(group["policy_minus"][arm]) for arm in shown]
+        rows.append([epochs_range(group), str(group["n_tasks"]), *differences])
+    return rows
+
+
+def _disturbed(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
+    found = summary["disturbed"]
+    header = ["arm", "test loss", "policy minus arm (95 %)", "excess area", "settling"]
+    rows = [[*header, "in balance"], ["---", *["---:"] * 5]]
+    for arm in sorted(arms or found["arms"], key=lambda arm: -found["arms"][arm]["final_test"]):
+        figures = found["arms"][arm]
+        shares = [f"{100 * figures[name]:.0f} %" for name in ("settling_time", "homeostasis_index")]
+        loss, area = f"{figures['final_test']:.3f}", f"{figures['excess_loss_area']:.3f}"
+        minus = found["policy_minus"].get(arm)
+        if minus is None:
+            rows.append([f"**{arm}**", f"**{loss}**", "", area, *shares])
+        else:
+            label = "best static of the undisturbed tasks" if arm == "best static" else _short(arm)
+            rows.append([label, loss, _interval(minus["final_test"]), area, *shares])
+    return rows
+
+
+_KINDS = {
+    "paired": _paired,
+    "differences": _differences,
+    "epochs": _epochs,
+    "disturbed": _disturbed,
+}
+
+
+def _label(arm: str, summary: dict[str, Any]) -> str:
+    if arm == "best static":
+        return f"best of {summary['grid_points']} static settings, chosen on these tasks"
+    if arm == "per-task best static":
+        return f"per-task best of the {summary['grid_points']} (an oracle)"
+    if arm not in _LABELS and arm.startswith("another run's "):
+        return f"fed {arm}"
+    return _LABELS.get(arm, _short(arm))
+
+
+def _short(arm: str) -> str:
+    arm = arm.replace("policy, ", "the policy, ").replace("per-task best static", "per-task best")
+    return arm if "=" in arm else arm.replace("_", " ")
+
+
+def _interval(difference: dict[str, float | None]) -> str:
+    low, high = difference["low"], difference["high"]
+    spread = " (one pair)" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{difference['estimate']:+.3f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
