@@ -1,5 +1,7 @@
 """TensorBoard: one writer per directory, few tags, resumable."""
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ class Board:
     """
 
     def __init__(self, folder: Path, purge_step: int = 0) -> None:
+        if purge_step:
+            _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -33,6 +37,15 @@ class Board:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Event files are read in the order of their names, which begin with the second they are of."""
+    names = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("*")]
+    now = time.time()
+    seconds = [int(name[1]) for name in names if name is not None]
+    if int(now) in seconds:
+        time.sleep(int(now) + 1 - now)
 
 
 class BoardWriter(KVWriter):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy_plant import TOY
 
 from metactl import Policy
+from metactl.board import Board
 from metactl.config import parse
 from metactl.controllers import Learned, Static
 from metactl.rollout import Trial
@@ -176,6 +177,15 @@ def test_a_resumed_board_holds_every_update_once(tmp_path, tag):
     train(settings, tmp_path / "parts", resume=True)
     whole, parts = scalars(tmp_path / "whole"), scalars(tmp_path / "parts")
     assert [(e.step, e.value) for e in parts[tag]] == [(e.step, e.value) for e in whole[tag]]
+
+
+def test_what_a_resumed_board_writes_is_read_after_what_was_there(tmp_path):
+    (tmp_path / "events.out.tfevents.99999999999.clock.1.0").touch()  # nobody waits for that
+    for purge_step in (0, 2, 3):
+        with Board(tmp_path, purge_step=purge_step) as board:
+            board.scalars({"loss": 1.0}, purge_step)
+    seconds = [path.name.split(".")[3] for path in tmp_path.iterdir()]
+    assert len(seconds) == len(set(seconds)) == 4
 
 
 def test_the_mean_return_on_the_board_is_that_of_whole_episodes(tmp_path):
