@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from metactl.report import epochs_range
+from metactl.report import epochs_range, interval_text
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/evidence.md", "metactl/policies/default/README.md")
@@ -89,7 +89,9 @@ def _paired(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
             rows.append([f"**{cell}**" for cell in (arm, *losses)] + [""] * 3)
             continue
         minus = summary["policy_minus"][arm]
-        differences = [_interval(minus[name]) for name in ("final_test", "best_checkpoint_test")]
+        differences = [
+            interval_text(minus[name]) for name in ("final_test", "best_checkpoint_test")
+        ]
         wins = f"{100 * minus['probability_of_improvement']:.0f} %"
         rows.append([_label(arm, summary), *losses, *differences, wins])
     return rows
@@ -99,7 +101,7 @@ def _differences(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]
     rows = [["the policy minus", "final", "at the best checkpoint"], ["---", "---:", "---:"]]
     for arm in arms:
         minus = summary["policy_minus"][arm]
-        columns = [_interval(minus[name]) for name in ("final_test", "best_checkpoint_test")]
+        columns = [interval_text(minus[name]) for name in ("final_test", "best_checkpoint_test")]
         rows.append([_label(arm, summary), *columns])
     return rows
 
@@ -109,7 +111,7 @@ def _epochs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
     header = ["epochs of the data", "tasks", *(f"minus {_short(arm)}" for arm in shown)]
     rows = [header, ["---", *["---:"] * (len(shown) + 1)]]
     for group in summary["by_epochs"][::-1]:
-        differences = [_interval(group["policy_minus"][arm]) for arm in shown]
+        differences = [interval_text(group["policy_minus"][arm]) for arm in shown]
         rows.append([epochs_range(group), str(group["n_tasks"]), *differences])
     return rows
 
@@ -127,7 +129,7 @@ def _disturbed(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
             rows.append([f"**{arm}**", f"**{loss}**", "", area, *shares])
         else:
             label = "best static of the undisturbed tasks" if arm == "best static" else _short(arm)
-            rows.append([label, loss, _interval(minus["final_test"]), area, *shares])
+            rows.append([label, loss, interval_text(minus["final_test"]), area, *shares])
     return rows
 
 
@@ -152,12 +154,6 @@ def _label(arm: str, summary: dict[str, Any]) -> str:
 def _short(arm: str) -> str:
     arm = arm.replace("policy, ", "the policy, ").replace("per-task best static", "per-task best")
     return arm if "=" in arm else arm.replace("_", " ")
-
-
-def _interval(difference: dict[str, float | None]) -> str:
-    low, high = difference["low"], difference["high"]
-    spread = " (one pair)" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
-    return f"{difference['estimate']:+.3f}{spread}"
 
 
 if __name__ == "__main__":

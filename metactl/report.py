@@ -61,7 +61,7 @@ def epochs_table(summary: dict[str, Any]) -> Table:
     for header in ("tasks", *columns):
         table.add_column(header, justify="right")
     for group in summary["by_epochs"]:
-        differences = (_interval(group["policy_minus"][arm]) for arm in columns)
+        differences = (interval_text(group["policy_minus"][arm]) for arm in columns)
         table.add_row(epochs_range(group), str(group["n_tasks"]), *differences)
     return table
 
@@ -88,7 +88,7 @@ def headroom_table(found: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             family,
             f"{figures['default']:.3f}",
-            *(_interval(figures[key]) if key in figures else "" for key in columns),
+            *(interval_text(figures[key]) if key in figures else "" for key in columns),
             f"{figures['run_to_run']:.3f}",
         )
     return table
@@ -105,18 +105,19 @@ def knob_headroom_table(found: dict[str, dict[str, Any]]) -> Table:
                 family,
                 knob,
                 f"{room['best_value']:g}",
-                _interval(room["best value minus default"]),
-                _interval(room["per-task best minus best value"]),
+                interval_text(room["best value minus default"]),
+                interval_text(room["per-task best minus best value"]),
             )
     return table
 
 
 def _difference(summary: dict[str, Any], arm: str) -> str:
     difference = summary["policy_minus"].get(arm)
-    return "" if difference is None else _interval(difference["final_test"])
+    return "" if difference is None else interval_text(difference["final_test"])
 
 
-def _interval(difference: dict[str, float | None]) -> str:
+def interval_text(difference: dict[str, float | None]) -> str:
+    """An estimate with its 95 % interval."""
     spread = " (one pair)"
     if difference["low"] is not None:
         spread = f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"

@@ -258,10 +258,9 @@ def _to_policy(
     layers.append(model.policy.action_net)  # type: ignore[arg-type]
     seen = len(about["observation_names"])
     weights = {"mean": normaliser.mean[:seen], "std": normaliser.std[:seen]}
-    shown = entries_of(config.ppo.signals, about["observation_names"])
     for i, layer in enumerate(layers):
         weights |= {f"weight_{i}": layer.weight, f"bias_{i}": layer.bias}
-    weights["weight_0"] = weights["weight_0"] * torch.from_numpy(shown)
+    weights["weight_0"] = weights["weight_0"] * model.policy.mlp_extractor.seen  # type: ignore[operator]
     card = PolicyCard(
         format_version=FORMAT_VERSION,
         metactl_version=versions()["metactl"],
