@@ -191,7 +191,7 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.evaluation import EvaluationPlan, Where, evaluate, headline
     from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
-    from metactl.report import disturbed_table, draw_runs, epochs_table, gap_sentence, paired_table
+    from metactl.report import draw_runs, evaluation_report
     from metactl.rundir import write_json
     from metactl.shards import default_workers
 
@@ -237,13 +237,8 @@ def _evaluate(command: Evaluate) -> int:
         return _headroom(command, where)
     with bar("Paired held-out runs") as progress:
         evaluation = evaluate(policy, where, plan, progress)
-    say = console().print
-    say(paired_table(evaluation.summary, f"{command.n_tasks} held-out tasks, nats per token"))
-    say(gap_sentence(evaluation.summary))
-    if evaluation.summary["by_epochs"]:
-        say(epochs_table(evaluation.summary))
-    if "disturbed" in evaluation.summary:
-        say(disturbed_table(evaluation.summary["disturbed"], "The same, something befalling each"))
+    for part in evaluation_report(evaluation.summary):
+        console().print(part)
     if command.json is not None:
         write_json(command.json, evaluation.summary)
     if command.update_card:

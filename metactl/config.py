@@ -126,6 +126,8 @@ class TrainConfig:
         ppo: How it learns.
         seed: Determines tasks, runs and learning.
         checkpoint_every: Updates between checkpoints.
+        policy_every: Control steps between policies kept along the way, `policies/STEPS` in the run
+            directory, for a learning curve; 0 keeps none.
         set_point_runs: Runs under static settings from which the set-points of homeostasis are
             estimated in the end; 0 leaves them out.
     """
@@ -134,10 +136,12 @@ class TrainConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     seed: int = 0
     checkpoint_every: int = 1
+    policy_every: int = 0
     set_point_runs: int = 64
 
     def __post_init__(self) -> None:
-        for name, low in (("seed", 0), ("checkpoint_every", 1), ("set_point_runs", 0)):
+        lowest = {"seed": 0, "checkpoint_every": 1, "policy_every": 0, "set_point_runs": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
 

@@ -28,9 +28,10 @@ def deployment(
         PolicyError: If the card does not say where the policy was trained.
         ConfigError: If the data does not exist.
     """
-    if "config" not in policy.card.training:
+    recipe = _recipe(policy)
+    if recipe is None:
         raise PolicyError("The policy's card does not say in which environment it was trained")
-    trained = parse(TrainConfig, policy.card.training["config"], "the policy's card").environment
+    trained = recipe.environment
     options = {k: v for k, v in trained.options.items() if k not in _TRAINING_ONLY}
     options |= {"split": "meta_test", "n_control_steps": policy.card.n_control_steps}
     if data is not None:
@@ -41,3 +42,17 @@ def deployment(
         if whole:
             options["unique_bytes"] = [_EVERYTHING, _EVERYTHING]
     return trained.id, options | {k: v for k, v in changes.items() if v is not None}
+
+
+def n_training_runs(policy: Policy) -> int | None:
+    """How many runs it took to train a policy; `None` if its card does not say."""
+    recipe = _recipe(policy)
+    if recipe is None:
+        return None
+    runs = policy.card.members * recipe.ppo.total_timesteps / policy.card.n_control_steps
+    return round(runs)
+
+
+def _recipe(policy: Policy) -> TrainConfig | None:
+    held = policy.card.training.get("config")
+    return None if held is None else parse(TrainConfig, held, "the policy's card")

@@ -144,6 +144,35 @@ def gap_sentence(summary: dict[str, Any]) -> str:
     )
 
 
+def break_even_sentence(summary: dict[str, Any]) -> str:
+    """When training the policy has paid for itself, in words."""
+    runs = summary["training_runs"]
+    paid = [(arm, summary["break_even"][arm]) for arm in ("default", "best static")]
+    found = [
+        f"{needed:,.0f} runs that stop where the final loss of the {arm} is reached"
+        if needed is not None
+        else f"no number of runs against the {arm}, whose final loss the median run never reaches"
+        for arm, needed in paid
+    ]
+    return f"Training it took {runs:,} runs. They are paid for by {', or by '.join(found)}."
+
+
+def evaluation_report(summary: dict[str, Any]) -> list[Table | str]:
+    """All that `metactl evaluate` prints, in order."""
+    n_tasks = summary["n_tasks"]
+    parts: list[Table | str] = [
+        paired_table(summary, f"{n_tasks} held-out tasks, nats per token"),
+        gap_sentence(summary),
+    ]
+    if "break_even" in summary:
+        parts.append(break_even_sentence(summary))
+    if summary["by_epochs"]:
+        parts.append(epochs_table(summary))
+    if "disturbed" in summary:
+        parts.append(disturbed_table(summary["disturbed"], "The same, something befalling each"))
+    return parts
+
+
 def draw_runs(
     path: Path, arms: Mapping[str, Sequence[TrialResult]], title: str, n_tasks: int = 3
 ) -> None:

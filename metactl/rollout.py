@@ -1,6 +1,7 @@
 """Whole training runs under controllers, paired where they share seeds."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,8 +47,8 @@ class TrialResult:
         best_test: Test loss at the checkpoint with the best probe loss.
         final_probe: Probe loss at the end.
         best_probe: Best probe loss.
-        flops: Spent over the run.
         diverged: Whether it diverged.
+        flops: Spent by the end of each control step, `[n_control_steps]`; NaN where nobody counts.
         train_loss: Per control step.
         probe_loss: Before the first and after each control step.
         positions: `[n_control_steps + 1, n_knobs]`, before the first and in each control step.
@@ -61,8 +62,8 @@ class TrialResult:
     best_test: float
     final_probe: float
     best_probe: float
-    flops: float
     diverged: bool
+    flops: FloatArray
     train_loss: FloatArray
     probe_loss: FloatArray
     positions: FloatArray
@@ -85,9 +86,10 @@ def play(
         trials: What to play.
         on_step: Called with the index of each control step and what it returned.
         test: Whether to evaluate on the test split (at the end only).
-        between: Called after each control step, before the next observation.
+        between: Called after each control step, before the next observation; what it remembers, a
+            copy of it does.
     """
-    n_rows, n_trials = loop.run.n_runs, len(trials)
+    n_rows, n_trials, between = loop.run.n_runs, len(trials), deepcopy(between)
     if not 0 < n_trials <= n_rows:
         raise ValueError(f"play needs 1 to {n_rows} trials, got {n_trials}")
     episodes = [trial.episode for trial in trials]
@@ -127,7 +129,9 @@ def play(
         final_test = np.where(lost, untrained, loop.run.evaluate("test"))
         best_test = np.where(lost, untrained, best.evaluate("test"))
     probe_curve = np.stack(probes, axis=1)
-    flops = steps[-1].measurement.flops
+    nobody = np.full(n_rows, np.nan)
+    counts = [step.measurement.flops for step in steps]
+    flops = np.stack([nobody if count is None else count for count in counts], axis=1)
     return [
         TrialResult(
             arm=trial.arm,
@@ -135,8 +139,8 @@ def play(
             best_test=float(best_test[row]),
             final_probe=float(probe_curve[row, 0 if lost[row] else -1]),
             best_probe=float(probe_curve[row, 0] if lost[row] else best.loss[row]),
-            flops=float("nan") if flops is None else float(flops[row]),
             diverged=bool(lost[row]),
+            flops=flops[row],
             train_loss=np.array([step.measurement.train_loss[row] for step in steps]),
             probe_loss=probe_curve[row],
             positions=np.stack(positions)[:, row],

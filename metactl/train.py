@@ -217,6 +217,11 @@ class _Keeper(BaseCallback):
             folder = self.run_dir / "checkpoints"
             save_checkpoint(folder, self.num_timesteps, tensors, scalars)
             self.board.flush()
+        every = self.config.policy_every
+        before = self.num_timesteps - self.model.n_steps * self.model.n_envs
+        if every and before // every < self.num_timesteps // every:
+            policy = _to_policy(self.model, self.shards.describe(), self.config, self.scales)
+            policy.save(self.run_dir / "policies" / f"{self.num_timesteps:09d}")
         self._updates += 1
         self._ended = []
 

@@ -1,12 +1,12 @@
 """Population-based training (arXiv 1711.09846): the members of a population share a task.
 
-At regular times the worst members take over the weights, optimizer and knobs of better ones, and
-their knobs are changed at random. Members are rows of one population, so a takeover is a copy of
-rows. Its cost is that of all members, for one model.
+At regular times the worst members take over the weights and optimizer of better ones, and get other
+knobs: near those of the better one (PBT), or what promises most so far (PB2). Members are rows of
+one population, so a takeover is a copy of rows. Its cost is that of all members, for one model.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from metactl.controllers import Static
 from metactl.env import ControlLoop
 from metactl.episodes import Episode
 from metactl.evaluation.arms import paired_episodes
+from metactl.evaluation.bandit import Stretch
 from metactl.knobs import FloatArray
 from metactl.rollout import Trial, TrialResult
 from metactl.shards import ShardRow
@@ -22,25 +23,48 @@ _ARM = "PBT"
 _MEMBERS, _TAKEOVERS = 0xB7, 0x7A
 
 
-@dataclass(frozen=True, kw_only=True)
+Explore = Callable[[Sequence[Stretch], FloatArray, FloatArray, np.random.Generator], FloatArray]
+"""From what a population did so far, the knobs of those that others take over from,
+`[n_new, n_knobs]`, and of those that go on: the knobs of those that take over."""
+
+
+def perturbed(
+    stretches: Sequence[Stretch],
+    better: FloatArray,
+    going_on: FloatArray,
+    rng: np.random.Generator,
+    *,
+    spread: float = 0.15,
+    resample: float = 0.25,
+) -> FloatArray:
+    """Knobs near those of the better member, or with probability `resample` anywhere: PBT."""
+    changed = better + spread * rng.standard_normal(better.shape)
+    anew = rng.random(better.shape)
+    drawn = rng.random(better.shape) < resample
+    return np.where(drawn, anew, changed).clip(0, 1)
+
+
+@dataclass(kw_only=True)
 class Takeovers:
     """What happens between the control steps of populations, each of neighbouring rows.
+
+    It remembers what they did: a new one for every run of a row.
 
     Args:
         n_members: Runs that share a task.
         seed: Of the random changes.
+        explore: Where a member that takes over from another puts the knobs.
         every: Control steps between takeovers; none in the last such stretch.
         share: Of the members that are replaced, and of those that replace them.
-        spread: Deviation of the change of a knob's position after a takeover.
-        resample: Probability that a knob is drawn anew instead.
     """
 
     n_members: int
     seed: int
+    explore: Explore = perturbed
     every: int = 4
     share: float = 0.25
-    spread: float = 0.15
-    resample: float = 0.25
+    _began: FloatArray | None = field(default=None, repr=False)
+    _stretches: list[Stretch] = field(default_factory=list, repr=False)
 
     def __call__(
         self, index: int, loop: ControlLoop, probe_loss: FloatArray
@@ -56,20 +80,23 @@ class Takeovers:
         sources: list[int] = []
         targets: list[int] = []
         loss = np.where(np.isfinite(probe_loss), probe_loss, np.inf)
+        began = loop.start_loss if self._began is None else self._began
+        self._stretches.append(Stretch(loop.positions.copy(), began - loss))
         n_replaced = max(1, round(self.share * self.n_members))
         for first in range(0, loop.run.n_runs - self.n_members + 1, self.n_members):
             rng = np.random.default_rng([self.seed, _TAKEOVERS, index, first])
-            order = first + loss[first : first + self.n_members].argsort(kind="stable")
-            worst = order[-n_replaced:]
+            members = slice(first, first + self.n_members)
+            order = first + loss[members].argsort(kind="stable")
+            going_on, worst = order[:-n_replaced], order[-n_replaced:]
             better = rng.choice(order[:n_replaced], n_replaced)
             loop.run.copy_rows(better.tolist(), worst.tolist())
             sources += better.tolist()
             targets += worst.tolist()
-            positions = loop.positions[better]
-            changed = positions + self.spread * rng.standard_normal(positions.shape)
-            anew = rng.random(positions.shape)
-            drawn = rng.random(positions.shape) < self.resample
-            loop.positions[worst] = np.where(drawn, anew, changed).clip(0, 1)
+            past = [Stretch(s.positions[members], s.gain[members]) for s in self._stretches]
+            positions = loop.positions
+            positions[worst] = self.explore(past, positions[better], positions[going_on], rng)
+        self._began = loss.copy()
+        self._began[targets] = loss[sources]
         return sources, targets
 
 
@@ -89,6 +116,7 @@ def play_pbt(
     seed: int,
     default: FloatArray,
     on_done: Callable[[int], None] | None = None,
+    explore: Explore = perturbed,
 ) -> list[TrialResult]:
     """The best member, by its final probe loss, of one population per task.
 
@@ -100,6 +128,7 @@ def play_pbt(
         seed: Of tasks and runs.
         default: Where the knobs of the first member begin, `[n_knobs]` in [0, 1].
         on_done: Called with the number of runs finished since the last call.
+        explore: Where a member that takes over from another puts the knobs.
 
     Returns:
         One result per task, with the FLOPs of all members.
@@ -113,12 +142,13 @@ def play_pbt(
         for episode in paired_episodes(n_tasks, seed, default)
         for member in _members(episode, n_members)
     ]
-    played = shards.play(trials, on_done, Takeovers(n_members=n_members, seed=seed))
+    takeovers = Takeovers(n_members=n_members, seed=seed, explore=explore)
+    played = shards.play(trials, on_done, takeovers)
     best = []
     for first in range(0, len(played), n_members):
         members = played[first : first + n_members]
         winner = min(members, key=lambda result: result.final_probe)
-        best.append(replace(winner, flops=sum(result.flops for result in members)))
+        best.append(replace(winner, flops=np.sum([result.flops for result in members], axis=0)))
     return best
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metactl.config import ConfigError
+from metactl.deployment import n_training_runs
 from metactl.evaluation.arms import (
     SWAPPED_GROUPS,
     Arm,
@@ -25,9 +26,10 @@ from metactl.evaluation.arms import (
     swapped_arms,
     yoked_arm,
 )
+from metactl.evaluation.bandit import promising
 from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
-from metactl.evaluation.pbt import check_populations, play_pbt
+from metactl.evaluation.pbt import Explore, check_populations, perturbed, play_pbt
 from metactl.evaluation.place import Counter, Where
 from metactl.evaluation.search import (
     Search,
@@ -36,6 +38,7 @@ from metactl.evaluation.search import (
     best_schedule,
 )
 from metactl.evaluation.summary import (
+    break_even,
     by_epochs,
     column,
     moves_explained_by_progress,
@@ -66,7 +69,8 @@ class EvaluationPlan:
         each_knob: Give the policy every knob alone, and leave every knob out.
         beforehand: Also choose static settings on as many tasks of meta-training, told how much
             data a task has and not; start the policy from the best of them, and from the worst.
-        population: Members of population-based training on each task; 0 leaves it out.
+        population: Members of population-based training on each task, by PBT and again by PB2; 0
+            leaves them out.
         disturbed: Play the main arms again, with something befalling every run.
         schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
             meta-training, and again for one that is told the data size; 0 leaves them out.
@@ -143,7 +147,7 @@ def evaluate(
         if plan.each_knob:
             first += knob_arms(policy, knobs, default)
         n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
-        n_arms = len(first) + 1 + plan.controls + n_swaps + plan.population
+        n_arms = len(first) + 1 + plan.controls + n_swaps + 2 * plan.population
         n_arms += plan.disturbed * (3 + len(rules))
         n_arms += 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
         n_arms += plan.beforehand * (2 + len(grid) + len(chosen))
@@ -158,8 +162,10 @@ def evaluate(
         found = _searched(policy, where, plan, default, count)
         results |= play_arms(shards, found, n, plan.seed, count)
         if plan.population:
-            played = play_pbt(shards, plan.population, n, plan.seed, default, count)
-            results[f"PBT, best of {plan.population}"] = played
+            kinds: dict[str, Explore] = {"PBT": perturbed, "PB2": promising}
+            for kind, explore in kinds.items():
+                best = play_pbt(shards, plan.population, n, plan.seed, default, count, explore)
+                results[f"{kind}, best of {plan.population}"] = best
         if plan.beforehand:
             results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, names, count)
             start = results["best static of training tasks"][0].positions[0]
@@ -188,12 +194,15 @@ def evaluate(
         "moves_explained_by_progress": dict(zip(knobs.names, explained.tolist(), strict=True)),
         "best_static_setting": best_setting,
     }
+    paid = n_training_runs(policy)
+    if paid is not None:
+        summary |= {"training_runs": paid, "break_even": break_even(summary, paid)}
     if plan.disturbed:
-        best = results["best static"][0].positions[0]
+        start = results["best static"][0].positions[0]
         arms = [
             policy_arm(policy, default),
             *rules,
-            static_arm("best static", best),
+            static_arm("best static", start),
             replay_arm(results["policy"], default),
         ]
         with closing(where.open(disturb=1.0)) as shards:

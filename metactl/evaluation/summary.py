@@ -67,7 +67,7 @@ def _figures(
         "final_test": float(column(runs, "final_test").mean()),
         "final_test_iqm": interquartile_mean(column(runs, "final_test")),
         "best_checkpoint_test": float(column(runs, "best_test").mean()),
-        "flops": float(column(runs, "flops").mean()),
+        "flops": finite_mean(np.array([run.flops[-1] for run in runs])),
         "diverged": int(column(runs, "diverged").sum()),
         "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
         _PER_TASK: column(runs, "final_test").tolist(),
@@ -113,7 +113,7 @@ def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) ->
         "probability_of_improvement": probability_of_improvement(ours, theirs),
         "iqm": interquartile_mean(ours - theirs),
         "worst_decile_regret": worst_decile(ours / theirs - 1),
-        "share_of_run_to_its_final_loss": time_to_reach(policy, other),
+        **cost_to_reach(policy, other),
     }
 
 
@@ -152,16 +152,46 @@ def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
     return groups
 
 
-def time_to_reach(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> float:
-    """Median share of its run in which the policy reaches the other arm's final probe loss.
+def cost_to_reach(
+    policy: Sequence[TrialResult], other: Sequence[TrialResult]
+) -> dict[str, float | None]:
+    """What the policy needs to reach the other arm's final probe loss.
 
-    A run that never does counts as 2.
+    Returns:
+        Medians over tasks: the share of its run's control steps, and its FLOPs as a share of all
+        that the other spent (`None` where nobody counts them). A run that never does counts as 2.
     """
-    shares = []
+    steps, flops = [], []
     for ours, theirs in zip(policy, other, strict=True):
         reached = np.flatnonzero(ours.probe_loss <= theirs.final_probe)
-        shares.append(reached[0] / (len(ours.probe_loss) - 1) if len(reached) else 2.0)
-    return float(np.median(shares))
+        first = int(reached[0]) if len(reached) else None
+        steps.append(2.0 if first is None else first / len(ours.flops))
+        spent = 2.0 * theirs.flops[-1] if first is None else (0.0, *ours.flops)[first]
+        flops.append(spent / theirs.flops[-1])
+    counted = np.isfinite(flops).all()
+    return {
+        "share_of_run_to_its_final_loss": float(np.median(steps)),
+        "share_of_flops_to_its_final_loss": float(np.median(flops)) if counted else None,
+    }
+
+
+def break_even(summary: dict[str, Any], n_training_runs: int) -> dict[str, float | None]:
+    """By arm, after how many runs a training has paid for itself, in optimizer steps.
+
+    A run under the policy may stop where it reaches the arm's final loss, so it saves the rest.
+
+    Args:
+        summary: Of an evaluation.
+        n_training_runs: What training the policy cost, in runs of the same size.
+
+    Returns:
+        Runs; `None` where the median run saves nothing.
+    """
+    saved = {
+        arm: 1 - difference["share_of_run_to_its_final_loss"]
+        for arm, difference in summary["policy_minus"].items()
+    }
+    return {arm: n_training_runs / share if share > 0 else None for arm, share in saved.items()}
 
 
 def moves_explained_by_progress(runs: Sequence[TrialResult], knobs: Sequence[str]) -> FloatArray:

@@ -171,7 +171,8 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert code == 0
     summary = json.loads(report.read_text())
     arms = summary["arms"]
-    assert arms["PBT, best of 8"]["flops"] > 2 * arms["default"]["flops"]
+    for kind in ("PBT", "PB2"):
+        assert arms[f"{kind}, best of 8"]["flops"] > 2 * arms["default"]["flops"]
     assert {"another run's probe loss", "another run's train loss"} <= set(arms)
     assert {"policy, dropout alone", "policy, without dropout"} <= set(arms)
     assert {"policy from there", "policy from the worst static"} <= set(arms)

@@ -86,7 +86,9 @@ def test_an_unknown_key_is_refused_with_its_path_and_a_suggestion(write, text, k
 
 def test_an_unknown_key_that_resembles_none_lists_the_known():
     message = refusal(zzz=1)
-    assert "Known: environment, ppo, seed, checkpoint_every, set_point_runs." in message
+    assert (
+        "Known: environment, ppo, seed, checkpoint_every, policy_every, set_point_runs." in message
+    )
     assert "Did you mean" not in message
 
 
@@ -106,6 +108,7 @@ def test_an_unknown_key_that_resembles_none_lists_the_known():
         ("ppo.learning_rate", float("nan")),
         ("ppo.paired_runs", 0),
         ("checkpoint_every", 0),
+        ("policy_every", -1),
         ("seed", -1),
     ],
 )

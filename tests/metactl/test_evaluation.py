@@ -8,7 +8,7 @@ import pytest
 from toy_plant import TOY, ToyPlant
 
 from metactl.config import ConfigError
-from metactl.controllers import BaseController, Plateau, Schedule, Static, WithSignalsOf
+from metactl.controllers import BaseController, Plateau, Schedule, WithSignalsOf
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
 from metactl.evaluation import (
@@ -30,14 +30,18 @@ from metactl.evaluation.arms import (
 from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.headroom import per_task_best
-from metactl.evaluation.pbt import Takeovers, play_pbt
 from metactl.evaluation.search import (
     Search,
     best_contextual_schedule,
     best_linear_policy,
     best_schedule,
 )
-from metactl.evaluation.summary import by_epochs, moves_explained_by_progress, time_to_reach
+from metactl.evaluation.summary import (
+    break_even,
+    by_epochs,
+    cost_to_reach,
+    moves_explained_by_progress,
+)
 from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
@@ -262,79 +266,6 @@ def test_an_environment_without_the_option_is_named():
         Where(env_id=TOY, options={"task": "text"}, n_envs=2, n_workers=0).open()
 
 
-# Population-based training -----------------------------------------------------------------------
-
-
-def test_the_worst_members_go_on_from_the_best_with_changed_knobs():
-    loop = ControlLoop(ToyPlant(8), ControlConfig(n_control_steps=N))
-    loop.reset(range(8), [loop.draw_episode(0, 0)] * 8)
-    loop.positions[:] = np.linspace(0.1, 0.8, 8)[:, None]
-    loop.run.state["distance"] = np.array([5.0, 1, 2, 3, 9, 6, 7, 8])
-    before = loop.positions.copy()
-    swap = Takeovers(n_members=4, seed=0, every=2, resample=0.0)
-    swap(0, loop, loop.run.losses("probe"))
-    assert loop.run.state["distance"].tolist() == [5, 1, 2, 3, 9, 6, 7, 8]  # not yet
-    swap(1, loop, loop.run.losses("probe"))
-    assert loop.run.state["distance"].tolist() == [1, 1, 2, 3, 6, 6, 7, 8]
-    assert np.array_equal(np.delete(loop.positions, (0, 4), 0), np.delete(before, (0, 4), 0))
-    assert np.all(loop.positions[0] != before[1]) and np.all(loop.positions[4] != before[5])
-    assert np.abs(loop.positions[0] - before[1]).max() < 0.6
-    loop.run.state["distance"][0] = 5.0
-    swap(7, loop, loop.run.losses("probe"))
-    assert loop.run.state["distance"][0] == 5.0  # too late to be worth anything
-
-
-def test_a_member_that_diverged_is_among_the_worst():
-    loop = ControlLoop(ToyPlant(4), ControlConfig(n_control_steps=N))
-    loop.reset(range(4), [loop.draw_episode(0, 0)] * 4)
-    loop.run.state["distance"] = np.array([1.0, 2, 3, 4])
-    Takeovers(n_members=4, seed=0, every=1)(0, loop, np.array([np.nan, 3.0, 2.0, 4.0]))
-    assert loop.run.state["distance"].tolist() == [3, 2, 3, 4]
-
-
-def test_a_population_beats_its_first_member_and_pays_for_all(shards):
-    poor = np.array([0.0, 0.5])
-    alone = play_arms(shards, [static_arm("alone", poor)], 4, 0)["alone"]
-    best = play_pbt(shards, 4, 4, 0, poor)
-    assert np.mean([run.final_probe for run in best]) < np.mean([r.final_probe for r in alone])
-    for run, single in zip(best, alone, strict=True):
-        assert run.probe_loss[0] == single.probe_loss[0]
-        assert run.flops == 4 * single.flops
-
-
-def test_who_takes_over_from_another_has_its_best_checkpoint_and_has_not_diverged():
-    loop = ControlLoop(ToyPlant(2, diverge_above=0.9), ControlConfig(n_control_steps=N))
-    episode = replace(loop.draw_episode(0, 0), positions=np.array([0.85, 0.5]))
-
-    class Up(BaseController):
-        def act(self, observation):
-            return self.hold() + np.array([1.0, 0.0])
-
-    def rescue(index, loop, probe_loss):
-        if index != 3:
-            return [], []
-        loop.run.copy_rows([0], [1])
-        loop.positions[1] = loop.positions[0]
-        return [0], [1]
-
-    trials = [
-        Trial(arm="calm", episode=episode, controller=Static()),
-        Trial(arm="hot", episode=episode, controller=Up()),
-    ]
-    calm, hot = play(loop, trials)
-    assert hot.diverged and hot.final_test > calm.final_test
-    trials[1] = replace(trials[1], controller=Static())
-    trials[1] = replace(trials[1], episode=replace(episode, positions=np.array([0.95, 0.5])))
-    calm, rescued = play(loop, trials, between=rescue)
-    assert not rescued.diverged
-    assert (rescued.final_test, rescued.best_test) == (calm.final_test, calm.best_test)
-
-
-def test_populations_that_do_not_fit_are_refused(shards):
-    with pytest.raises(ValueError, match=r"populations of 3 need a multiple of 3.*got 8"):
-        play_pbt(shards, 3, 2, 0, DEFAULT)
-
-
 # Figures -----------------------------------------------------------------------------------------
 
 
@@ -350,13 +281,25 @@ def test_moves_of_a_schedule_are_explained_by_progress_and_random_ones_are_not(s
     assert moves_explained_by_progress(played["random moves"], ("rate", "width")).max() < 0.1
 
 
-def test_the_time_to_reach_the_others_final_loss_is_a_share_of_the_run(shards):
+def test_what_it_costs_to_reach_the_others_final_loss(shards):
     curve = np.array([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.5, 1.5, 1.5])
-    policy = [result(shards, probe_loss=curve)] * 3
-    ends = [result(shards, final_probe=end) for end in (3.0, 1.5, 1.0)]
-    assert time_to_reach(policy[:1], ends[:1]) == 2 / 8
-    assert time_to_reach(policy[:1], ends[2:]) == 2.0
-    assert time_to_reach(policy, ends) == 5 / 8
+    spent = np.array([1.0, 2, 3, 5, 7, 9, 11, 13])
+    policy = [result(shards, probe_loss=curve, flops=spent)] * 3
+    ends = [result(shards, final_probe=end, flops=2 * spent) for end in (3.0, 1.5, 1.0)]
+    steps, flops = "share_of_run_to_its_final_loss", "share_of_flops_to_its_final_loss"
+    assert cost_to_reach(policy[:1], ends[:1]) == {steps: 2 / 8, flops: 2 / 26}
+    assert cost_to_reach(policy[:1], ends[2:]) == {steps: 2.0, flops: 2.0}
+    assert cost_to_reach(policy, ends) == {steps: 5 / 8, flops: 7 / 26}
+    uncounted = [replace(run, flops=np.full(N, np.nan)) for run in ends]
+    assert cost_to_reach(policy, uncounted) == {steps: 5 / 8, flops: None}
+    there = [result(shards, final_probe=9.0, flops=spent)]
+    assert cost_to_reach(policy[:1], there) == {steps: 0.0, flops: 0.0}
+
+
+def test_a_training_is_paid_for_by_what_runs_save():
+    shares = {"slow": 0.6, "level": 1.0, "better": 2.0}
+    minus = {arm: {"share_of_run_to_its_final_loss": share} for arm, share in shares.items()}
+    assert break_even({"policy_minus": minus}, 100) == {"slow": 250, "level": None, "better": None}
 
 
 def test_regret_of_the_worst_tenth_and_the_middle_half():

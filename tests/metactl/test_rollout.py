@@ -145,7 +145,8 @@ def test_a_result_holds_the_whole_course_of_its_run():
     assert result.train_loss.tolist() == [step.measurement.train_loss[0] for _, step in seen]
     assert result.probe_loss[1:].tolist() == [step.measurement.probe_loss[0] for _, step in seen]
     assert result.values["rate"].tolist() == [step.values["rate"][0] for _, step in seen]
-    assert result.flops == 400
+    assert result.flops.tolist() == [s.measurement.flops[0] for _, s in seen]
+    assert result.flops[-1] == 400
     assert result.values["rate"][-1] == 1.0
 
 

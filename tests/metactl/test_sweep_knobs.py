@@ -303,7 +303,7 @@ def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, sched
     assert (root / "search.png").stat().st_size > 5_000
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_population_waits_for_no_member_that_has_failed_for_good(tmp_path):
     run = start(tmp_path, scheduler="pbt", every=14, max_failures=0)
     *_, victim = plan(sweep(scheduler="pbt", samples=4))

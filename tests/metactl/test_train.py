@@ -197,6 +197,20 @@ def test_the_mean_return_on_the_board_is_that_of_whole_episodes(tmp_path):
     assert policy.card.training["reward_scales"][0] > 0.5
 
 
+def test_policies_are_kept_along_the_way_with_a_training_that_was_killed_too(tmp_path):
+    settings = config({**TOYS, "policy_every": 40})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(settings, whole)
+    interrupted(settings, killed, after=60)
+    train(settings, killed, resume=True)
+    names = [folder.name for folder in sorted((whole / "policies").iterdir())]
+    assert names == ["000000000", "000000048", "000000080"]  # updates are 16 control steps apart
+    kept = [(whole / "policies" / name / "weights.safetensors").read_bytes() for name in names]
+    assert len(set(kept)) == len(kept)
+    for name, found in zip(names, kept, strict=True):
+        assert (killed / "policies" / name / "weights.safetensors").read_bytes() == found
+
+
 def test_resuming_a_finished_training_gives_the_same_policy(trained, tmp_path):
     settings = config(TOYS)
     train(settings, tmp_path)
