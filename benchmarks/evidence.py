@@ -5,7 +5,8 @@
     python -m benchmarks.evidence --check    # says which are not what the files say
 
 A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
-`paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `epochs` or `disturbed`.
+`paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `epochs` or `disturbed`; or
+`overview: NAME; NAME` of several evaluations, one row each (NAME of the table is then `all`).
 """
 
 import json
@@ -40,6 +41,15 @@ _LABELS = {
 }
 _UNSHOWN = "best static of the grid"  # the same as the best static, or above it
 _SETTINGS = ("default", "best static", "per-task best static")
+_PLACES = {
+    "default": "Python, as in training",
+    "english": "English prose",
+    "cpp": "C++",
+    "480": "twice as long (480 steps)",
+    "960": "four times as long (960 steps)",
+    "d64": "131 thousand parameters",
+    "d128": "656 thousand parameters",
+}
 
 
 def main(*, check: bool = False) -> int:
@@ -70,11 +80,39 @@ def written(text: str) -> str:
 
 def _table(match: re.Match[str]) -> str:
     begin = match[0].partition("\n")[0]
-    path = ROOT / "docs" / f"evaluation_{match['name']}.json"
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    arms = [arm.strip() for arm in match["arms"].split(";")] if match["arms"] else []
-    rows = _KINDS[match["kind"]](summary, arms)
+    chosen = [name.strip() for name in match["arms"].split(";")] if match["arms"] else []
+    if match["kind"] == "overview":
+        rows = _overview(chosen)
+    else:
+        rows = _KINDS[match["kind"]](_read(match["name"]), chosen)
     return "\n".join([begin, *("| " + " | ".join(row) + " |" for row in rows), "<!-- end -->"])
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = ROOT / "docs" / f"evaluation_{name}.json"
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
+
+
+def _overview(names: Sequence[str]) -> list[list[str]]:
+    header = ["", "tasks", "minus default", "minus best static", "minus replay", "minus yoked"]
+    header += ["gap closed", "worst tenth", "below one epoch"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for name in names:
+        summary = _read(name)
+        minus, closed = summary["policy_minus"], summary["gap_closed"]
+        low, high = (100 * closed[end] for end in ("low", "high"))
+        row = [_PLACES[name], str(summary["n_tasks"])]
+        row += [
+            interval_text(minus[arm]["final_test"])
+            for arm in ("default", "best static", "replay", "yoked")
+        ]
+        row.append(f"{100 * closed['estimate']:.0f} % [{low:.0f}, {high:.0f}]")
+        row.append(f"{100 * minus['best static']['worst_decile_regret']:+.1f} %")
+        first = next(group for group in summary["by_epochs"] if group["from"] == 0)
+        row.append(interval_text(first["policy_minus"]["best static"]))
+        rows.append(row)
+    return rows
 
 
 def _paired(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:

@@ -119,18 +119,15 @@ class RunConfig:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
         if self.context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {self.context}")
-        for name in ("beta2", "final_learning_rate", "disturb"):
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be in [0, 1), got {self.beta2}")
+        for name in ("final_learning_rate", "disturb"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         self.chosen_knobs()  # refuses shapes and knobs that do not fit together
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device must be a torch device, got {self.device!r}") from error
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} is not available: torch finds no GPU")
+        _require_device(self.device)
         if self.compile and not has_compiler():
             raise ValueError(
                 "compile needs a C++ compiler (CXX, g++ or clang++), and none is found"
@@ -163,6 +160,20 @@ class RunConfig:
             feed_forward=self.feed_forward,
             rotation=self.rotation,
         )
+
+
+def _require_device(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device, got {name!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not available: torch finds no GPU")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
 
 
 def as_range(value: float | tuple[float, float]) -> tuple[float, float]:

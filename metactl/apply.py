@@ -1,11 +1,12 @@
 """Applying a policy to new training runs, with paired twins to compare with."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from metactl.board import Board
 from metactl.controllers import Static
@@ -26,11 +27,13 @@ class Application:
     Args:
         results: By arm (`"policy"`, and `"default"` with twins): one result per run.
         summary: Means and, with twins, paired differences.
+        unsaved: In words, why there are no models; empty where they were saved.
         sample: Text that the first trained model wrote, if asked for.
     """
 
     results: dict[str, list[TrialResult]]
     summary: dict[str, Any]
+    unsaved: str = ""
     sample: str = ""
 
 
@@ -82,14 +85,13 @@ def apply_policy(
                 progress(index + 1, total, _status(step, n_runs))
 
         results = play(loop, trials, on_step)
-    for row in range(n_runs):
-        _save_model(loop.run.export(row), run_dir / f"model-{row}")
+    unsaved = _save_models(loop.run, run_dir, n_runs)
     sample = _written(loop.run, results[0], sample_bytes) if sample_bytes else ""
     env.close()
     by_arm: dict[str, list[TrialResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
-    return Application(results=by_arm, summary=summarise(by_arm), sample=sample)
+    return Application(results=by_arm, summary=summarise(by_arm), unsaved=unsaved, sample=sample)
 
 
 def _scalars(step: Step, n_runs: int) -> dict[str, float]:
@@ -126,13 +128,26 @@ def _written(run: TrainingRun, result: TrialResult, n_bytes: int) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def _save_models(run: TrainingRun, run_dir: Path, n_runs: int) -> str:
+    """Saves what the runs trained; in words, why not, where they have no models to give."""
+    for row in range(n_runs):
+        try:
+            model = run.export(row)
+        except TypeError as error:
+            return str(error)
+        if not isinstance(model, torch.nn.Module):
+            return f"{type(run).__name__}.export gives no torch module, but {type(model).__name__}"
+        _save_model(model, run_dir / f"model-{row}")
+    return ""
+
+
 def _save_model(model: torch.nn.Module, folder: Path) -> None:
     """Weights as safetensors, the shape as JSON where the model knows it."""
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    # Copies: what is tied in the model shares its memory, which the format does not know.
+    tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
+    write_atomically(folder / "model.safetensors", save(tensors))
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         text = json.dumps(config.to_dict(), indent=2) + "\n"  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
-from metactl.adapters.checks import check_attachment
+from metactl.adapters.checks import check_attachment, is_number
 from metactl.attachment import STATE_VERSION, Attachment, Decision, Given
 from metactl.controllers import BaseController, Learned
 from metactl.homeostasis import SetPoints
 from metactl.knobs import unknown_name
 from metactl.log import Log
+from metactl.meter import require_number
 from metactl.policy import Policy
 
 __all__ = ["MODES", "Controller", "Decision"]
@@ -73,8 +75,10 @@ class Controller:
                 n_control_steps = controller.card.n_control_steps
             controller = Learned(controller)
         self.n_control_steps = 40 if n_control_steps is None else n_control_steps
-        if self.n_control_steps < 2:
-            raise ValueError(f"n_control_steps must be at least 2, got {n_control_steps}")
+        if not (is_number(self.n_control_steps, Integral) and self.n_control_steps >= 2):
+            raise ValueError(
+                f"n_control_steps must be a whole number of at least 2, got {n_control_steps!r}"
+            )
         self.controller, self.strict = controller, strict
         self._run: Attachment | None = None
         self._attached = False  # also in mode "off", where there is no run
@@ -185,11 +189,17 @@ class Controller:
 
         Returns:
             A decision at control steps, else None.
+
+        Raises:
+            TypeError: If one of them is not one number.
         """
         if self._run is None:
             return None
-        self._run.note(loss, gradient_norm)
+        require_number("loss", loss)
+        if gradient_norm is not None:
+            require_number("gradient_norm", gradient_norm)
         try:
+            self._run.note(loss, gradient_norm)
             return self._run.step()
         except Exception:
             if self.strict:
@@ -207,9 +217,9 @@ class Controller:
             restore: Put the knobs back to what they were at `attach`; else they stay.
         """
         if self._run is not None:
-            self._run.close(restore=restore)
-            _controlled.discard(self._run.optimizer)
-            self._run = None
+            run, self._run = self._run, None
+            _controlled.discard(run.optimizer)
+            run.close(restore=restore)
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines how the controller goes on, as JSON values."""
@@ -279,7 +289,7 @@ def check_trainers_options(options: Mapping[str, Any]) -> None:
 def _check_values(mode: str = "act", probe: Any = None) -> None:
     """Refuses values that are wrong whatever the model is."""
     if mode not in MODES:
-        raise AttachError(unknown_name("mode", mode, MODES))
+        raise AttachError(unknown_name("mode", str(mode), MODES))
     if probe is not None and not callable(probe):
         raise AttachError(f"probe must be a function that returns a loss, got {probe!r}")
 

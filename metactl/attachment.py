@@ -119,11 +119,7 @@ class Attachment:
         self._arm()
 
     def note(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
-        """Takes in one minibatch.
-
-        Raises:
-            TypeError: If the loss is not one number.
-        """
+        """Takes in one minibatch; both are one number."""
         self._meter.add_loss(loss)
         if gradient_norm is not None:
             self._meter.correct_norm(gradient_norm)
@@ -142,12 +138,20 @@ class Attachment:
         return decision
 
     def close(self, *, restore: bool) -> None:
-        """Lets go of the run; with `restore`, the knobs go back to what they were."""
-        for adapter in self.adapters.values():
-            if restore:
-                adapter.restore()
-            adapter.close()
+        """Lets go of the run; with `restore`, the knobs go back to what they were.
+
+        A knob that cannot be put back is named in a warning; the others are.
+        """
         self._meter.close()
+        for name, adapter in self.adapters.items():
+            try:
+                if restore:
+                    adapter.restore()
+                adapter.close()
+            except Exception:
+                if self._strict:
+                    raise
+                logger.warning("metactl: knob %r cannot be put back", name, exc_info=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines how the controller goes on, as JSON values."""
@@ -171,6 +175,8 @@ class Attachment:
             AttachError: If it is damaged, or of another run.
         """
         known = state.get("knobs", {})
+        if not isinstance(known, Mapping):
+            raise AttachError(f"the state does not fit this run: its knobs are {known!r}")
         if set(known) != set(self.adapters):
             raise AttachError(
                 f"the state has the knobs {', '.join(known)}; "
@@ -186,6 +192,8 @@ class Attachment:
             if not all(math.isfinite(value) for value in written.values()):
                 raise ValueError(f"knobs must be finite, got {written}")
             total, index = int(state["total"]), int(state["index"])
+            if total < 2 or index < 0:
+                raise ValueError(f"control step {index} of {total} optimizer steps")
             for name, target in (
                 ("positions", self._positions),
                 ("last_moves", self._last_moves),
@@ -195,7 +203,7 @@ class Attachment:
                 self._history.columns[name] = from_json(state["history"][name], column)
             self._meter.load_state_dict(state["meter"])
             self._guard.load_state_dict(state["guard"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise AttachError(f"the state does not fit this run: {error}") from error
         self._total, self._index, self._written = total, index, written
         for name, value in self._written.items() if self.act else ():
@@ -285,6 +293,7 @@ class Attachment:
             self._history.columns["progress"] /= 2
 
     def _measure(self) -> dict[str, float | None]:
+        self._meter.require_working()
         per_step = self._given.tokens_per_step
         return {
             "probe_loss": self._probe_loss(),

@@ -74,8 +74,9 @@ def _import(name: str) -> Any:
         sys.path.append(folder)  # a user's own module lies where the user stands
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"Module {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # it may do anything
+        reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"Module {name!r} cannot be imported: {reason}") from error
 
 
 def _build(kind: Callable[[], Any], target: str) -> Any:

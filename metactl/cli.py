@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _OF_THE_PLACE = (  # errors that say where somebody wanted something written, not what went wrong
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
-    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 _ROTATION = "environment.options.rotation"
 
@@ -132,7 +132,6 @@ def _place_for(environment: "EnvironmentConfig", address: str | None) -> Iterato
 
 def _apply(command: Apply) -> int:
     from metactl.apply import apply_policy
-    from metactl.config import ConfigError
     from metactl.deployment import deployment
     from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
@@ -140,10 +139,7 @@ def _apply(command: Apply) -> int:
     from metactl.rundir import discard_if_refused, open_run_directory, write_json
 
     policy = Policy.load(command.policy)
-    if command.n_runs < 1:
-        raise ConfigError(f"--n-runs must be at least 1, got {command.n_runs}")
-    if command.sample < 0:
-        raise ConfigError(f"--sample must be at least 0 bytes, got {command.sample}")
+    _require_at_least(command, n_runs=1, sample=0, seed=0)
     shape = ("d_model", "n_layers", "n_heads", "context", "rotation")
     flags = (*shape, "batch_size", "learning_rate", "device")
     changes = {name: getattr(command, name) for name in flags}
@@ -178,7 +174,8 @@ def _apply(command: Apply) -> int:
     console().print(
         paired_table(done.summary, f"{command.n_runs} new run{'s' * (command.n_runs > 1)}")
     )
-    print(f"Models: {run_dir}/model-*   Picture: {run_dir / 'runs.png'}")
+    models = f"none ({done.unsaved})" if done.unsaved else f"{run_dir}/model-*"
+    print(f"Models: {models}   Picture: {run_dir / 'runs.png'}")
     if done.sample:
         print(f"What the first model writes:\n{done.sample}")
     _print_next(f"tensorboard --logdir {run_dir / 'tb'}")
@@ -192,23 +189,17 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
     from metactl.report import draw_runs, evaluation_report
-    from metactl.rundir import write_json
+    from metactl.rundir import require_writable, write_json
     from metactl.shards import default_workers
 
-    least = {"n_tasks": 2, "grid": 1, "n_envs": 1, "n_workers": -1}
-    least |= {"schedule_runs": 0, "linear_runs": 0}
-    for flag, low in least.items():
-        if getattr(command, flag) < low:
-            name = flag.replace("_", "-")
-            raise ConfigError(f"--{name} must be at least {low}, got {getattr(command, flag)}")
+    _require_at_least(command, n_tasks=2, grid=1, n_envs=1, n_workers=-1, seed=0)
+    _require_at_least(command, schedule_runs=0, linear_runs=0)
     if command.headroom:
         _require_headroom_options(command)
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
-    for path in (command.json, command.figure):
-        if path is not None:
-            path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    require_writable(command.json, command.figure)
     full = command.suite == "full"
     plan = EvaluationPlan(
         n_tasks=command.n_tasks,
@@ -378,6 +369,13 @@ def _demo(command: Demo) -> int:
 
 
 # Shared pieces -------------------------------------------------------------------------------
+
+
+def _require_at_least(command: Any, **least: int) -> None:
+    for flag, low in least.items():
+        value = getattr(command, flag)
+        if value < low:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least {low}, got {value}")
 
 
 def _drawn(results: dict[str, Any]) -> dict[str, Any]:

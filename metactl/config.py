@@ -14,6 +14,8 @@ from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
 T = TypeVar("T")
+# What PyYAML raises: also for nesting too deep, a day that does not exist, a tag it half knows.
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError)
 
 
 class ConfigError(ValueError):
@@ -112,6 +114,12 @@ class PPOConfig:
             raise ValueError(f"hidden must be units of at least 1, got {list(self.hidden)}")
         if not 0 <= self.bound_cost < math.inf:
             raise ValueError(f"bound_cost must be at least 0, got {self.bound_cost}")
+        for name in ("learning_rate", "ent_coef", "log_std_init", "clip_range"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        for name in ("clip_range", "ent_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
@@ -202,7 +210,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Config {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"Config {str(path)!r} is not YAML: {reason}") from error
     if values is None:
@@ -240,7 +248,7 @@ def find_config(name: str) -> Path:
         ConfigError: If there is neither; the message lists the recipes.
     """
     path = Path(name)
-    if path.exists():
+    if path.is_file():
         return path
     here = Path(__file__).resolve().parent
     folders = [here / "configs", here.parent / "configs"]  # in a wheel; in a checkout
@@ -270,8 +278,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from error
+    except _UNREADABLE as error:
+        shown = value if len(value) < 80 else f"{value[:80]}..."
+        raise ConfigError(f"--set {key}: {shown!r} is not a YAML value") from error
     if isinstance(parsed, str):
         with contextlib.suppress(ValueError):
             parsed = float(parsed)

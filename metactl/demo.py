@@ -131,6 +131,7 @@ def clear_demo(run_dir: Path) -> None:
     Raises:
         RunDirectoryError: If the directory holds something else.
     """
+    run_dir = run_dir.resolve()
     if not run_dir.exists():
         return
     record = run_dir / "config.yaml"

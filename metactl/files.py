@@ -5,7 +5,15 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes through a temporary file in the same folder, flushed to disk before the rename."""
+    """Writes through a temporary file in the same folder, flushed to disk before the rename.
+
+    A link stays a link, to what is new; a device or a pipe is written to.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -9,6 +9,7 @@ Gutkin 2014, doi:10.7554/eLife.04811, with n = 4, m = 2). A run is in balance wh
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from pydantic import ConfigDict
@@ -50,6 +51,8 @@ class SetPoints:
     def __post_init__(self) -> None:
         if set(self.medians) != set(self.half_widths):
             raise ValueError("set-points need a median and a half-width of every vital")
+        if any(later <= earlier for earlier, later in pairwise(self.progress)):
+            raise ValueError(f"set-points need increasing bins of progress, got {self.progress}")
         for name, widths in self.half_widths.items():
             if not len(self.progress) == len(widths) == len(self.medians[name]) > 0:
                 raise ValueError(f"set-point {name!r} must have one value per bin of progress")

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,10 @@ class Meter:
         self._last: Tensor | None = None  # what the step just taken added to the norms
         self._before: list[Tensor] | None = None
         self._ratios: Tensor | None = None  # median and maximum
+        self._error: Exception | None = None  # of a hook, which must not stop the owner's step
         first = self._parameters()[0]
         self.device = first.device
-        # float64: what accumulates over a long control step must not depend on its order
-        dtype = torch.float32 if first.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(len(_SUMS), dtype=dtype, device=first.device)
+        self._sums = torch.zeros(len(_SUMS), dtype=_exact(first.device), device=first.device)
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -58,21 +57,10 @@ class Meter:
     def add_loss(self, loss: Tensor | float) -> None:
         """Notes one minibatch's loss.
 
-        Raises:
-            TypeError: If it is not one number.
+        Args:
+            loss: One number, see `require_number`.
         """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise TypeError(f"loss must be one number, got a tensor of {tuple(loss.shape)}")
-            value = loss.detach().to(self._sums)
-            value = value.reshape(())
-        elif isinstance(loss, int | float | np.number):
-            value = torch.as_tensor(float(loss)).to(self._sums)
-        else:
-            raise TypeError(
-                f"loss must be one number, got {type(loss).__name__}; "
-                f"where there are several losses, give the one that is minimised"
-            )
+        value = self._number(loss)
         self._sums[:3] += torch.stack((torch.ones_like(value), value, value * value))
         self._since_step += 1
         if self._since_step > _PATIENCE and not self._warned:
@@ -89,12 +77,21 @@ class Meter:
         What is seen at the step is the gradient as clipped.
         """
         if self._last is not None:
-            self._sums[3:] += self._counted(torch.as_tensor(norm)) - self._last
+            self._sums[3:] += self._counted(norm) - self._last
             self._last = None
 
-    def _counted(self, norm: Tensor) -> Tensor:
+    def require_working(self) -> None:
+        """Raises what went wrong in a hook on the optimizer's step."""
+        if self._error is not None:
+            raise self._error
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(float(value))
+        return whole(tensor).to(self._sums).reshape(())
+
+    def _counted(self, norm: Tensor | float) -> Tensor:
         """What a norm adds: a count and itself; nothing where a step was skipped for overflow."""
-        value = norm.detach().to(self._sums).reshape(())
+        value = self._number(norm)
         finite = torch.isfinite(value)
         return torch.stack((finite.to(value), torch.where(finite, value, 0.0)))
 
@@ -146,11 +143,30 @@ class Meter:
         groups = self.optimizer.param_groups
         return [p for group in groups for p in group["params"] if p.requires_grad]
 
-    @torch.no_grad()
     def _before_step(self) -> None:
         if self._open and self._last is not None:  # a step within a step, or after one that raised
             self._sums[3:] -= self._last
-        self._open = True
+        self._open, self._last, self._before = True, None, None
+        self._kept_back(self._look_before)
+
+    def _after_step(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self.steps += 1
+        self._since_step = 0
+        if self._before is not None:
+            self._kept_back(self._look_after)
+
+    def _kept_back(self, look: Callable[[], None]) -> None:
+        """The step of the optimizer is its owner's: what fails in measuring it is raised later."""
+        try:
+            with torch.no_grad():
+                look()
+        except Exception as error:
+            self._error = self._error or error
+
+    def _look_before(self) -> None:
         norm = self._gradient_norm()
         # Without a gradient yet, a closure makes it after this hook: the caller may know its norm.
         self._last = torch.zeros_like(self._sums[3:]) if norm is None else self._counted(norm)
@@ -159,28 +175,12 @@ class Meter:
             self._before = [p.detach().clone() for p in self._parameters()]
 
     def _gradient_norm(self) -> Tensor | None:
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        dense = [g for g in gradients if not g.is_sparse]
-        if not dense:
-            return None
-        norms = torch._foreach_norm(dense)
-        parts = [n.to(self._sums) for n in norms if not _is_sharded(n)]
-        sharded = [n for n in norms if _is_sharded(n)]
-        if sharded:  # one exchange between the processes
-            parts.append(_whole(torch.linalg.vector_norm(torch.stack(sharded))).to(self._sums))
-        norm = torch.linalg.vector_norm(torch.stack(parts))
+        norm = gradient_norm(self._parameters())
         scale = getattr(self.optimizer, "grad_scale", None)  # a scaler that unscales in the step
-        return norm if scale is None else norm / scale.to(norm)
+        return norm if norm is None or scale is None else norm / scale.to(norm)
 
-    @torch.no_grad()
-    def _after_step(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self.steps += 1
-        self._since_step = 0
-        if self._before is None:
-            return
+    def _look_after(self) -> None:
+        assert self._before is not None
         ratios = [
             self._size(now.detach() - before) / self._size(before)
             for now, before in zip(self._parameters(), self._before, strict=True)
@@ -192,14 +192,52 @@ class Meter:
         self._ratios = torch.stack((known.nanmedian(), known.nan_to_num(0.0).max()))
 
     def _size(self, tensor: Tensor) -> Tensor:
-        return _whole(torch.linalg.vector_norm(tensor)).to(self._sums)
+        return whole(torch.linalg.vector_norm(tensor)).to(self._sums)
+
+
+def require_number(name: str, value: Any) -> None:
+    """Refuses what is not one number.
+
+    Raises:
+        TypeError: With the name, and what was given.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"{name} must be one number, got a tensor of {tuple(value.shape)}")
+    elif not isinstance(value, int | float | np.number):
+        raise TypeError(
+            f"{name} must be one number, got {type(value).__name__}; "
+            f"where there are several losses, give the one that is minimised"
+            if name == "loss"
+            else f"{name} must be one number, got {type(value).__name__}"
+        )
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
+    """The norm of all gradients that are there, but for sparse ones; of parts, of the whole."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    plain = [g for g in gradients if not _is_sharded(g)]
+    sharded = [g for g in gradients if _is_sharded(g)]
+    norms = list(torch._foreach_norm(plain)) if plain else []
+    if sharded:  # one exchange between the processes
+        parts = torch.stack(list(torch._foreach_norm(sharded)))
+        norms.append(whole(torch.linalg.vector_norm(parts)))
+    if not norms:
+        return None
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([n.to(device, _exact(device)) for n in norms]))
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """What accumulates over a long control step must not depend on its order."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process has a part (FSDP's DTensor), put together."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 

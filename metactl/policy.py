@@ -117,6 +117,10 @@ class Policy:
         for name, value in weights.items():
             if not np.isfinite(value).all():
                 raise PolicyError(f"policy weight {name!r} has non-finite values")
+        if card.n_control_steps < 1:
+            raise PolicyError(
+                f"policy card: n_control_steps must be at least 1, got {card.n_control_steps}"
+            )
         if not card.clip > 0:
             raise PolicyError(f"policy card: clip must be above 0, got {card.clip}")
         if not (weights["std"] > 0).all():
@@ -226,7 +230,12 @@ def _read(path: Path) -> bytes:
 
 def _read_card(path: Path) -> PolicyCard:
     try:
-        fields = json.loads(_read(path), parse_constant=_refuse_constant, parse_float=_finite_float)
+        fields = json.loads(
+            _read(path),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_once_each,
+        )
     except (ValueError, RecursionError) as error:
         if isinstance(error, PolicyError):
             raise
@@ -250,6 +259,15 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a finite number")
     return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def _refuse_constant(name: str) -> None:

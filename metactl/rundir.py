@@ -49,7 +49,7 @@ def open_run_directory(
     Raises:
         RunDirectoryError: If it holds something else, or cannot be written.
     """
-    path = Path(path).resolve()
+    path = _resolved(path, "Run directory")
     record = path / "config.yaml"
     try:
         held = record.exists()
@@ -137,12 +137,36 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(body, indent=2, allow_nan=False) + "\n").encode())
 
 
+def require_writable(*files: Path | None) -> None:
+    """Makes the folders of files that are to be written; refuses what cannot be, before the work.
+
+    Raises:
+        ConfigError: With the file, and why.
+    """
+    for file in files:
+        if file is None:
+            continue
+        path = _resolved(file, "File")
+        if path.is_dir():
+            raise ConfigError(f"File {str(file)!r} cannot be written: it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"File {str(file)!r} cannot be written: no permission in its folder")
+
+
+def _resolved(path: str | Path, what: str) -> Path:
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, TypeError, ValueError) as error:  # such as a loop of links, a null byte
+        raise ConfigError(f"{what} {str(path)!r} is no path: {error}") from error
+
+
 def resolve_data(options: dict[str, Any]) -> dict[str, Any]:
     """The options with an absolute data path, checked before anything starts."""
     data = options.get("data")
     if data is None:
         return options
-    path = Path(data).expanduser().resolve()
+    path = _resolved(data, "Data")
     if not path.exists():
         raise ConfigError(f"Data {str(data)!r} does not exist")
     return {**options, "data": str(path)}

@@ -1,12 +1,15 @@
 """Byte corpora with two disjoint parts: one for meta-training, one for meta-testing."""
 
 import hashlib
+import logging
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 META_TEST_SHARE = 0.25
 PARTS = ("meta_train", "meta_test")
@@ -85,7 +88,8 @@ def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
     """Assigns whole files to a part by a hash of their names, so that adding files moves none."""
     parts: dict[str, list[NDArray[np.uint8]]] = {part: [] for part in PARTS}
     for file in files:
-        digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
+        place = file.relative_to(root).as_posix()
+        digest = hashlib.sha256(place.encode("utf-8", "surrogateescape")).digest()
         held_out = int.from_bytes(digest[:4], "big") < META_TEST_SHARE * 2**32
         parts["meta_test" if held_out else "meta_train"].append(_read(file))
     sizes = {part: sum(map(len, pieces)) for part, pieces in parts.items()}
@@ -101,7 +105,11 @@ def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
 def _read(path: Path) -> NDArray[np.uint8]:
     try:
         with path.open("rb") as file:
-            return np.frombuffer(file.read(_MAX_BYTES), dtype=np.uint8)
+            data = np.frombuffer(file.read(_MAX_BYTES), dtype=np.uint8)
+            if file.read(1):
+                megabytes = _MAX_BYTES >> 20
+                logger.warning("Of data %r the first %d MiB are used", str(path), megabytes)
+            return data
     except OSError as error:
         raise ValueError(f"Data {str(path)!r} cannot be read: {error.strerror}") from error
 

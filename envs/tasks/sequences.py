@@ -114,6 +114,8 @@ class RecallFamily(SequenceFamily):
         edges = [self._shortest]
         while edges[-1] * 2 < longest:
             edges.append(edges[-1] * 2)
+        if len(edges) > 1 and longest < 1.25 * edges[-1]:  # too few gaps for a class of their own
+            edges.pop()
         return list(pairwise([*edges, longest]))
 
     @property

@@ -1,6 +1,7 @@
 """What `Controller.attach` is given, checked before anything is touched."""
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,16 +35,17 @@ def check_attachment(
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in trained and p.requires_grad for p in model.parameters()):
         raise AttachError("the optimizer trains no parameter of the model")
-    if total_steps is not None and not (_is_number(total_steps, int) and total_steps >= 2):
+    if total_steps is not None and not (is_number(total_steps, Integral) and total_steps >= 2):
         raise AttachError(
             f"total_steps must be a whole number of at least 2 optimizer steps, got {total_steps!r}"
         )
     for name, value in zip(("tokens_per_step", "unique_tokens"), tokens, strict=True):
-        if value is not None and not (_is_number(value, int | float) and 0 < value < math.inf):
+        if value is not None and not (is_number(value, Real) and 0 < value < math.inf):
             raise AttachError(f"{name} must be above 0 tokens and finite, got {value!r}")
     if on_unsupported not in (None, "mask", "raise"):
         raise AttachError(f"on_unsupported must be 'mask' or 'raise', got {on_unsupported!r}")
 
 
-def _is_number(value: Any, kind: Any) -> bool:
+def is_number(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind of `numbers`, Python's or NumPy's; truth values are not."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -17,6 +17,9 @@ _CONFIG = (
     "resid_pdrop",
     "embd_pdrop",
     "dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout_rate",
 )
 
 

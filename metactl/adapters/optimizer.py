@@ -11,6 +11,7 @@ from metactl.knobs import Knob
 _KEY = "learning_rate_multiplier"
 _INITIAL = "initial_weight_decay"
 _OWN = (_KEY, _INITIAL)
+_LEFT = "_metactl_factor"  # an optimizer's attribute: who keeps a factor in force
 
 
 def weight_decay_knob(default: float) -> Knob:
@@ -24,6 +25,7 @@ class LearningRateKnob(KnobAdapter):
 
     The factor is in force within `optimizer.step` only: a scheduler that reads or scales the rates
     never sees it. It is kept in the groups, so that a checkpoint of the optimizer carries it.
+    Let go while it is not 1, it stays in force until the next controller or `forget_factor`.
 
     Args:
         optimizer: The optimizer.
@@ -32,6 +34,9 @@ class LearningRateKnob(KnobAdapter):
     knob = Knob(name=_KEY, low=0.1, high=4.0, default=1.0, scale="log2", unit="factor")
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        forgotten = optimizer.__dict__.pop(_LEFT, None)
+        if forgotten is not None:
+            forgotten.remove_hooks()
         self.optimizer = optimizer
         self._kept: list[Any] = []
         self.write(float(optimizer.param_groups[0].get(_KEY, 1.0)))
@@ -51,10 +56,16 @@ class LearningRateKnob(KnobAdapter):
         self.write(1.0)
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        if any(group.get(_KEY, 1.0) != 1.0 for group in self.optimizer.param_groups):
+            self.optimizer.__dict__[_LEFT] = self
+            return
+        self.remove_hooks()
         for group in self.optimizer.param_groups:
             group.pop(_KEY, None)
+
+    def remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def verify(self) -> None:
         def update(value: float) -> Tensor:
@@ -71,8 +82,9 @@ class LearningRateKnob(KnobAdapter):
 
     def _multiply(self) -> None:
         self._return()  # where the step before raised, or this one is within another
+        everywhere = self.read()  # a group that was added later has none of its own
         for group in self.optimizer.param_groups:
-            rate, factor = group["lr"], group.get(_KEY, 1.0)
+            rate, factor = group["lr"], group.get(_KEY, everywhere)
             if isinstance(rate, Tensor):  # in place: a captured graph reads this very tensor
                 self._kept.append(rate.clone())
                 rate.mul_(factor)
@@ -89,6 +101,15 @@ class LearningRateKnob(KnobAdapter):
         self._kept = []
 
 
+def forget_factor(optimizer: torch.optim.Optimizer) -> None:
+    """Takes away a factor that was left in force, at the end of a training."""
+    left = optimizer.__dict__.get(_LEFT)
+    if left is not None:
+        left.restore()
+        del optimizer.__dict__[_LEFT]
+        left.close()
+
+
 class WeightDecayKnob(KnobAdapter):
     """Moves the weight decay of the groups that have one, keeping their proportions.
 
@@ -101,26 +122,27 @@ class WeightDecayKnob(KnobAdapter):
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        groups = optimizer.param_groups
-        self._first = [group.get(_INITIAL, group.get("weight_decay", 0.0)) for group in groups]
+        self._first: list[float] = []
+        self._take_in()
         self._lead = max(range(len(self._first)), key=self._first.__getitem__)
         default = float(self._first[self._lead])
         if default <= 0:
+            self.close()
             raise AttachError("no group of the optimizer has a weight decay above 0")
-        for group, first in zip(groups, self._first, strict=True):
-            group[_INITIAL] = first
         self.knob = weight_decay_knob(default)
 
     def read(self) -> float:
         return float(self.optimizer.param_groups[self._lead]["weight_decay"])
 
     def write(self, value: float) -> None:
+        self._take_in()
         share = value / self._first[self._lead]
         for group, first in zip(self.optimizer.param_groups, self._first, strict=True):
             if first:
                 group["weight_decay"] = first * share
 
     def restore(self) -> None:
+        self._take_in()
         for group, first in zip(self.optimizer.param_groups, self._first, strict=True):
             if first:
                 group["weight_decay"] = first
@@ -128,6 +150,12 @@ class WeightDecayKnob(KnobAdapter):
     def close(self) -> None:
         for group in self.optimizer.param_groups:
             group.pop(_INITIAL, None)
+
+    def _take_in(self) -> None:
+        """Also the groups that were added since."""
+        for group in self.optimizer.param_groups[len(self._first) :]:
+            first = group.setdefault(_INITIAL, group.get("weight_decay", 0.0))
+            self._first.append(first)
 
     def verify(self) -> None:
         def update(value: float) -> Tensor:

@@ -11,6 +11,7 @@ from metactl.knobs import Knob
 
 _KEY = "rope_theta"  # transformers' name for the base
 _FULL = "full_attention"
+_PLAIN = ("inv_freq", "original_inv_freq")
 
 
 class RopeBaseKnob(ModelKnob):
@@ -43,7 +44,7 @@ class RopeBaseKnob(ModelKnob):
             raise AttachError(f"the model has several bases: {sorted(bases)}")
         self._first = self._parameters[0][_KEY]
         self._tensors = [
-            (buffer, buffer.detach().clone()) for m in self._rotaries for buffer in _buffers(m)
+            [(buffer, buffer.detach().clone()) for buffer in _buffers(m)] for m in self._rotaries
         ]
         base = float(self._first)
         tokens = longest_sequence(self._rotaries[0].config, longest) or 0.0
@@ -62,24 +63,30 @@ class RopeBaseKnob(ModelKnob):
     def write(self, value: float) -> None:
         for rotary, parameters in zip(self._rotaries, self._parameters, strict=True):
             parameters[_KEY] = float(value)
-            frequencies = _frequencies(rotary)
+            made = _frequencies(rotary)
             with torch.no_grad():
-                for buffer in _buffers(rotary):
+                for buffer, frequencies in zip(_buffers(rotary), made, strict=True):
                     buffer.copy_(frequencies)
 
     def restore(self) -> None:
         for parameters in self._parameters:
             parameters[_KEY] = self._first
-        with torch.no_grad():
-            for buffer, value in self._tensors:
-                buffer.copy_(value)
+        for rotary, kept in zip(self._rotaries, self._tensors, strict=True):
+            live, made = _buffers(rotary), _frequencies(rotary)
+            with torch.no_grad():
+                for now, (then, value), frequencies in zip(live, kept, made, strict=True):
+                    # A dynamic embedding makes new buffers for sequences longer than any before.
+                    now.copy_(value if now is then else frequencies)
 
 
 def _buffers(module: nn.Module) -> list[Tensor]:
-    plain = ("inv_freq", "original_inv_freq")
-    names = (*plain, *(f"{_FULL}_{name}" for name in plain))
+    return list(_named_buffers(module).values())
+
+
+def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    names = (*_PLAIN, *(f"{_FULL}_{name}" for name in _PLAIN))
     own = dict(module.named_buffers(recurse=False))
-    return [own[name] for name in names if name in own]
+    return {name: own[name] for name in names if name in own}
 
 
 def _parameters(config: Any) -> MutableMapping[str, Any]:
@@ -97,10 +104,10 @@ def _with_base(parameters: Any) -> Iterator[MutableMapping[str, Any]]:
             yield from _with_base(parameters[_FULL])
 
 
-def _frequencies(rotary: Any) -> Tensor:
-    """The inverse frequencies, by the function with which the model itself made them."""
+def _frequencies(rotary: Any) -> list[Tensor]:
+    """What belongs into its buffers, by the function with which the model itself made them."""
     kind = rotary.rope_type
-    options = {}
+    options: dict[str, Any] = {}
     if isinstance(kind, MutableMapping):
         kind, options = kind[_FULL], {"layer_type": _FULL}
     if kind == "default":
@@ -109,5 +116,11 @@ def _frequencies(rotary: Any) -> Tensor:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         make = ROPE_INIT_FUNCTIONS[kind]
-    frequencies, _ = make(rotary.config, **options)
-    return frequencies
+    made = []
+    for name in _named_buffers(rotary):
+        seen = {}
+        if kind == "dynamic" and "original" not in name:  # stretched for the longest sequence
+            cached = rotary.max_seq_len_cached
+            seen["seq_len"] = getattr(rotary, f"{_FULL}_max_seq_len_cached", cached)
+        made.append(make(rotary.config, **options, **seen)[0])
+    return made

@@ -25,6 +25,14 @@ class Schedule(BaseController):
             )
         self.share = 1 / n_control_steps
 
+    def begin(self, codec: Codec, n_runs: int) -> None:
+        super().begin(codec, n_runs)
+        if self.positions.shape[1:] != (len(codec.knobs),):
+            raise ValueError(
+                f"A schedule needs one column of positions per knob, {len(codec.knobs)} of them, "
+                f"got positions of shape {self.positions.shape}"
+            )
+
     def wanted(self, observation: np.ndarray) -> FloatArray:
         """Positions `[n_runs, n_knobs]` at the end of the coming control step."""
         now = (self.codec.read(observation, "signal/progress") + 1) / 2 + self.share

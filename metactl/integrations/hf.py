@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from metactl.adapters import AttachError
+from metactl.adapters.optimizer import forget_factor
 from metactl.attach import Controller, check_trainers_options
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if args.n_gpu > 1:
+            raise AttachError(
+                f"the Trainer copies the model to {args.n_gpu} GPUs by nn.DataParallel, which "
+                f"cannot be watched; start it by torchrun, or show it one GPU"
+            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         saved = self._saved_in(state)
@@ -100,7 +106,9 @@ class MetaControlCallback(TrainerCallback, ExportableState):
             self._finish(restore=True)
             return
         total = torch.stack(self._losses).sum()
-        loss = total if self._scaled else total / len(self._losses)
+        # Of counted items, the model divides by those of all processes; the Trainer mends it later.
+        share = args.world_size if args.average_tokens_across_devices else 1
+        loss = share * total if self._scaled else total / len(self._losses)
         self._losses = []
         self.controller.step(loss)
 
@@ -114,6 +122,8 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         if self._hook is not None:
             self._saved = self.controller.state_dict()
             self._finish(restore=False)
+            optimizer = kwargs["optimizer"]
+            forget_factor(getattr(optimizer, "optimizer", optimizer))
 
     def _finish(self, restore: bool) -> None:
         self._hook.remove()

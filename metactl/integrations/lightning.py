@@ -1,5 +1,7 @@
 """Lightning `Trainer`: one callback."""
 
+import contextlib
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,12 @@ import torch
 from torch import Tensor
 
 from metactl.adapters import AttachError
+from metactl.adapters.optimizer import forget_factor
 from metactl.attach import Controller, check_trainers_options
+from metactl.meter import gradient_norm
+
+logger = logging.getLogger(__name__)
+_PATIENCE = 64  # batches without a loss before something must be wrong
 
 
 class MetaControlCallback(lightning.Callback):
@@ -33,7 +40,13 @@ class MetaControlCallback(lightning.Callback):
         self.options = options
         self._norm: Tensor | None = None
         self._pending: dict[str, Any] | None = None
-        self._active = False
+        self._active, self._skipped = False, 0
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        if stage == "fit":  # another one begins anew; a checkpoint's state comes after this
+            self._pending = None
 
     def state_dict(self) -> dict[str, Any]:
         if self._active:
@@ -68,8 +81,8 @@ class MetaControlCallback(lightning.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if self._active:  # before clipping
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+            with contextlib.suppress(Exception):  # the controller measures one itself, then
+                self._norm = gradient_norm(pl_module.parameters())
 
     def on_train_batch_end(
         self,
@@ -79,10 +92,19 @@ class MetaControlCallback(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not self._active or outputs is None:  # a batch that the module skipped
+        if not self._active:
             return
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        norm, self._norm = self._norm, None
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None:  # a batch that the module skipped
+            self._skipped += 1
+            if self._skipped == _PATIENCE:
+                logger.warning(
+                    "metactl: training_step has returned no loss for %d batches, so nothing is "
+                    "decided; return it, also where you optimize by hand",
+                    _PATIENCE,
+                )
+            return
+        norm, self._norm, self._skipped = self._norm, None, 0
         self.controller.step(loss * trainer.accumulate_grad_batches, gradient_norm=norm)
 
     def on_train_end(
@@ -91,3 +113,4 @@ class MetaControlCallback(lightning.Callback):
         if self._active:
             self._pending, self._active = self.controller.state_dict(), False
             self.controller.detach(restore=False)
+            forget_factor(trainer.optimizers[0])

@@ -1,5 +1,7 @@
 """Corpora: what is read, how it is divided, what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,3 +134,14 @@ def test_an_unknown_split_is_refused_with_the_known_ones():
     corpus = Corpus("x", np.zeros(4, dtype=np.uint8), 3)
     with pytest.raises(ValueError, match=r"'train'.*meta_train, meta_test, all"):
         corpus.bounds("train")
+
+
+def test_a_file_name_may_be_any_bytes_and_what_is_too_long_is_said(tmp_path, monkeypatch, caplog):
+    folder = os.fsencode(tmp_path)
+    for name in (b"caf\xe9.txt", b"plain.txt"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b"seen " * 100)
+    assert len(load_corpus(tmp_path).data) == 1000 and not caplog.text
+    monkeypatch.setattr(corpus_module, "_MAX_BYTES", 300)
+    assert len(load_corpus(tmp_path / "plain.txt").data) == 300
+    assert "plain.txt' the first" in caplog.text

@@ -91,6 +91,14 @@ def test_the_classes_of_recall_have_their_own_gaps_up_to_the_context():
     assert longer == [(6, 12), (12, 24), (24, 48), (48, 62)]
 
 
+@pytest.mark.parametrize("context", [28, 52, 60, 100, 102, 104, 108])
+def test_recall_goes_with_a_context_whose_last_class_would_be_narrow(context):
+    family = build_family("recall", None, context, (300, 3_000))
+    assert family.gaps[-1][1] == context - 2
+    for seed in range(2 * family.n_classes):
+        family.sample(seed, "meta_train")
+
+
 def test_the_classes_of_waves_differ_in_their_noise():
     family = build_family("waves", None, 24, (90_000, 90_000))
     changes = []

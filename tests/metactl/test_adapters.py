@@ -69,6 +69,26 @@ def test_scaled_rotary_embeddings_move_too(kind):
     assert torch.equal(output(model), output(expected))
 
 
+def test_a_dynamic_embedding_that_grew_meanwhile_comes_back():
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model, plain = (transformers.LlamaForCausalLM(copy.deepcopy(config)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    adapter = RopeBaseKnob(model, make_trial(model))
+    adapter.write(100.0)
+    long = torch.arange(40)[None] % 32
+    with torch.no_grad():
+        for each in (model, plain):
+            each.eval()(long)  # new buffers, stretched
+        assert not torch.equal(model(long).logits, plain(long).logits)
+        adapter.write(200.0)
+        adapter.restore()
+        assert torch.equal(model(long).logits, plain(long).logits)
+        short = long[:, :8]
+        assert torch.equal(model(short).logits, plain(short).logits)
+
+
 def test_dropout_probabilities_keep_their_proportions():
     model = nn.Sequential(
         nn.Linear(4, 4), nn.Dropout(0.2), nn.Dropout(0.1), nn.MultiheadAttention(4, 2, dropout=0.0)

@@ -217,8 +217,9 @@ def test_detach_restores_bit_for_bit_or_leaves_the_values(restore):
     moved = run.model.drop.p
     run.controller.detach(restore=restore)
     assert run.model.drop.p == (0.1 if restore else moved)
-    assert run.optimizer.param_groups[0].get("learning_rate_multiplier") is None
-    assert not run.optimizer._optimizer_step_pre_hooks
+    factor = run.optimizer.param_groups[0].get("learning_rate_multiplier")
+    assert factor == (None if restore else run.decisions[-1].values["learning_rate_multiplier"])
+    assert len(run.optimizer._optimizer_step_pre_hooks) == (not restore)  # what keeps the factor
     assert run.controller.step(loss=1.0) is None
 
 
@@ -436,7 +437,9 @@ def test_a_knob_of_the_users_own_that_raises_is_refused_in_words():
 
 
 def test_no_control_steps_at_all_are_refused():
-    with pytest.raises(ValueError, match="n_control_steps must be at least 2, got 0"):
+    with pytest.raises(
+        ValueError, match="n_control_steps must be a whole number of at least 2, got 0"
+    ):
         Controller(Static(), n_control_steps=0)
 
 

@@ -272,7 +272,9 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "at least n_control_steps" in refused(capsys, *apply, "--optimizer-steps", 2)
     assert "--n-runs" in refused(capsys, *apply, "--n-runs", 0)
     assert "--sample" in refused(capsys, *apply, "--sample", -1)
+    assert "--seed must be at least 0, got -1" in refused(capsys, *apply, "--seed", -1)
     assert "device" in refused(capsys, *apply, "--device", "warp")
+    assert "device 'meta' cannot be used" in refused(capsys, *apply, "--device", "meta")
     assert "--n-tasks" in refused(capsys, "evaluate", "--policy", policy, "--n-tasks", 1)
     evaluate = ("evaluate", "--policy", policy, "--n-tasks", 2, "--n-workers", 0)
     assert "--static takes KNOB=NUMBER" in refused(capsys, *evaluate, "--static", "dropout")
@@ -283,6 +285,8 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "rival default decides 40 times" in refused(capsys, *evaluate, "--rival", "default")
     assert "Unknown task 'txet'" in refused(capsys, *evaluate, "--set", "task=txet")
     assert "d_modle" in refused(capsys, *evaluate, "--set", "d_modle=64")
+    in_the_way = ("--json", tmp_path / "foreign")
+    assert "foreign' cannot be written: it is a dir" in refused(capsys, *evaluate, *in_the_way)
     headroom = (*evaluate, "--headroom")
     assert "Unknown task 'txet'" in refused(capsys, *headroom, "--families", "txet")
     assert "--families needs" in refused(capsys, *headroom, "--families")
@@ -298,6 +302,47 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "built without arguments" in refused(capsys, "check", "a:Plant", "--rotation", "rope")
     assert not new.exists()
     assert (tmp_path / "foreign" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data", "~nobody-of-that-name/x"), "Data '~nobody-of-that-name/x' is no path"),
+        (("--data", "loop"), "loop"),
+        (("--run-dir", "loop/run"), "loop"),
+        (("--set", "environment.options.data=3"), "Data '3' is no path"),
+        (("--config", "x" * 300), "File name too long"),
+        (("--data", "x" * 300), "File name too long"),
+        (("--set", "seed=" + "[" * 5000), "--set seed: '[[["),
+        (("--set", "seed=!!timestamp x"), "--set seed: '!!timestamp x' is not a YAML value"),
+        (("--set", "seed=2024-13-45"), "--set seed: '2024-13-45' is not a YAML value"),
+        (("--config", "deep.yaml"), "'deep.yaml' is not YAML"),
+    ],
+)
+def test_what_cannot_be_read_at_all_is_one_line(
+    arguments: tuple[str, str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "deep.yaml").write_text("seed: " + "[" * 5000)
+    (tmp_path / "demo").mkdir()  # a folder does not hide the recipe of its name
+    assert words in refused(capsys, *train_arguments(tmp_path / "new"), *arguments)
+
+
+@pytest.mark.parametrize("text", ["1 / 0", "def", "import nowhere"])
+def test_a_module_that_cannot_be_imported_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"broken_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert f"Module {name!r} cannot be imported" in refused(capsys, "check", f"{name}:Run")
+    assert "Module '.foo' cannot be imported" in refused(capsys, "check", ".foo:Run")
 
 
 def test_check_finds_nothing_wrong_with_our_environment(

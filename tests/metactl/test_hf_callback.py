@@ -1,6 +1,7 @@
 """The callback in real Hugging Face Trainers on small random models."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,3 +207,36 @@ def test_a_loss_computed_outside_the_model_switches_off_with_one_warning(tmp_pat
 def test_restoring_by_the_trainers_own_switch_is_refused_in_words():
     with pytest.raises(AttachError, match="leave the Trainer's argument"):
         MetaControlCallback.from_state({})
+
+
+def test_a_share_of_all_processes_items_counts_as_the_whole():
+    class Ear:
+        mode = "act"
+
+        def attach(self, model, optimizer, **options):
+            pass
+
+        def step(self, loss):
+            self.heard = float(loss)
+
+    told = {"model": torch.nn.Linear(1, 1), "optimizer": None}
+    state = transformers.TrainerState(max_steps=4, stateful_callbacks={})
+    for processes, averaged, expected in ((1, True, 3.0), (4, True, 12.0), (4, False, 3.0)):
+        callback = MetaControlCallback(Controller(RandomMoves(1), n_control_steps=N))
+        callback.controller = Ear()
+        args = SimpleNamespace(
+            n_gpu=0, world_size=processes, average_tokens_across_devices=averaged
+        )
+        callback._saved_in = lambda state: None
+        callback.on_train_begin(args, state, None, **told)
+        for loss in (1.0, 2.0):
+            output = SimpleNamespace(loss=torch.tensor(loss))
+            callback._note(told["model"], (), {"num_items_in_batch": 7}, output)
+        callback.on_step_end(args, state, None)
+        assert callback.controller.heard == expected
+
+
+def test_copies_on_several_gpus_are_refused_in_words():
+    callback, _ = moving()
+    with pytest.raises(AttachError, match=r"2 GPUs by nn.DataParallel.*torchrun"):
+        callback.on_train_begin(SimpleNamespace(n_gpu=2), transformers.TrainerState(), None)

@@ -170,3 +170,8 @@ def test_damaged_set_points_are_refused(change, words):
     }
     with pytest.raises(ValidationError, match=words):
         TypeAdapter(SetPoints).validate_python({**whole, **change})
+
+
+def test_set_points_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="increasing bins of progress"):
+        SetPoints(progress=(0.5, 0.5), medians={}, half_widths={})

@@ -142,3 +142,57 @@ def test_several_optimizers_are_refused_in_words(tmp_path):
     callback, _ = moving()
     with pytest.raises(AttachError, match="a run of one optimizer can be controlled, this has 2"):
         train(tmp_path, callback, module=Module(n_optimizers=2))
+
+
+def test_another_fit_begins_anew(tmp_path):
+    callback, logged = moving()
+    train(tmp_path, callback)
+    first = list(logged)
+    logged.clear()
+    _, module = train(tmp_path, callback)
+    assert [(tag, step) for tag, _, step in logged] == [(tag, step) for tag, _, step in first]
+    assert series(logged, "knob/dropout")[0] == series(first, "knob/dropout")[0]
+    optimizer = module.optimizers().optimizer
+    assert not optimizer._optimizer_step_pre_hooks  # no factor is left on what is over
+
+
+def test_batches_that_a_module_skips_are_skipped(tmp_path):
+    class Skips(Module):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return None if index % 3 == 1 else loss
+
+        def on_before_optimizer_step(self, optimizer):
+            pass  # without a loss there are no gradients
+
+    callback, logged = moving()
+    train(tmp_path, callback, module=Skips())
+    # Batches 2, 5, 8 and 11 have no loss: what is due there is decided after the next one.
+    assert [step for step, _ in series(logged, "train/loss")] == [3, 4, 6, 9, 10, 12]
+
+
+def test_a_module_that_optimizes_by_hand_is_followed_if_it_returns_its_loss(tmp_path, caplog):
+    class ByHand(Module):
+        returns = True
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return loss if self.returns else None
+
+    callback, logged = moving()
+    train(tmp_path, callback, module=ByHand())
+    assert [step for step, _ in series(logged, "train/loss")] == [2, 4, 6, 8, 10, 12]
+    silent = ByHand()
+    silent.returns = False
+    callback, logged = moving()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metactl.integrations.lightning._PATIENCE", 5)
+        train(tmp_path, callback, module=silent)
+    assert caplog.text.count("has returned no loss for 5 batches") == 1 and not logged

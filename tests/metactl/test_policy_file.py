@@ -126,6 +126,11 @@ def test_a_missing_folder_is_refused(tmp_path):
     assert_refused(tmp_path / "nowhere", "No such file", file="policy.json")
 
 
+def test_a_card_without_decisions_is_refused(folder):
+    edit_card(folder, n_control_steps=0)
+    assert_refused(folder, "n_control_steps must be at least 1, got 0")
+
+
 @pytest.mark.parametrize("name", ["policy.json", "weights.safetensors"])
 def test_a_missing_file_is_refused_by_name(folder, name):
     (folder / name).unlink()
@@ -154,6 +159,13 @@ def test_a_truncated_card_is_refused(folder, keep):
     path = folder / "policy.json"
     path.write_bytes(path.read_bytes()[:keep])
     assert_refused(folder, "not JSON", file="policy.json")
+
+
+def test_a_card_that_says_a_thing_twice_is_refused(folder):
+    path = folder / "policy.json"
+    text = path.read_text()
+    path.write_text(text.replace("{", '{"clip": 1.0,', 1))
+    assert_refused(folder, "'clip' is there twice", file="policy.json")
 
 
 @pytest.mark.parametrize(

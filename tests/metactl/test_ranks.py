@@ -22,15 +22,16 @@ from metactl import Controller, FunctionKnob, Knob
 from metactl.controllers import RandomMoves
 
 rank, store, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-broken, sharded = kind == "broken", kind == "sharded"
+broken, sharded = kind == "broken", kind.startswith("sharded")
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
 if sharded:
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    left_out = set(model[2].parameters()) if kind == "sharded in part" else set()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=left_out)
 else:
     model = nn.parallel.DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, foreach=False)
 state = {"value": 0.5, "writes": 0}
 
 def write(value):
@@ -55,12 +56,13 @@ for _ in range(20):
     optimizer.zero_grad()
     loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
     loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e9) if kind == "sharded" else None
     optimizer.step()
     losses.append(loss.item())
-    decision = controller.step(loss)
+    decision = controller.step(loss, gradient_norm=norm)  # of parts a tensor in parts
     if decision is not None:
         values.append(decision.values)
-whole = [p.full_tensor() if sharded else p for p in model.parameters()]
+whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
 weights, mode = [p.tolist() for p in whole], controller.mode
 controller.detach(restore=False)
 print(json.dumps({"losses": losses, "values": values, "weights": weights, "mode": mode,
@@ -111,6 +113,12 @@ def test_sharded_parameters_are_measured_as_a_whole(tmp_path):
     assert {"train/gradient_norm", "train/update_ratio"} <= {tag for tag, _ in seen}
     for key, value in expected.items():
         assert seen[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_parameters_of_which_some_are_sharded_are_measured(tmp_path):
+    first, second = both(tmp_path, "sharded in part")
+    assert first["mode"] == second["mode"] == "act" and len(first["values"]) == 4
+    assert {"train/gradient_norm", "train/update_ratio"} <= {tag for tag, *_ in first["logged"]}
 
 
 def test_the_first_generation_of_sharding_is_refused_in_words():

@@ -1,0 +1,67 @@
+"""What applying a policy leaves behind, whatever the run has to give."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_evaluation import N, resting_policy
+from torch import nn
+from toy_plant import TOY, ToyPlant
+
+from metactl.apply import apply_policy
+from metactl.shards import ShardRow
+
+
+class Tied(nn.Module):
+    """Input and output share a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def applied(tmp_path):
+    with ShardRow(TOY, 2, {"n_control_steps": N}, 0) as shards:
+        policy = resting_policy(shards.describe())
+    options = {"n_control_steps": N}
+    return apply_policy(policy, TOY, options, tmp_path, n_runs=2, seed=0, compare=False)
+
+
+@pytest.mark.parametrize(
+    ("export", "words"),
+    [
+        (lambda self, row: float(row), "ToyPlant.export gives no torch module, but float"),
+        (lambda self, row: [].missing, None),
+    ],
+)
+def test_runs_without_models_are_reported_all_the_same(export, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(ToyPlant, "export", export)
+    if words is None:  # a fault of the run's own is no lack of a model
+        with pytest.raises(AttributeError):
+            applied(tmp_path)
+        return
+    done = applied(tmp_path)
+    assert done.unsaved == words and len(done.results["policy"]) == 2
+    assert not list(tmp_path.glob("model-*"))
+    assert json.dumps(done.summary)
+
+
+def test_a_run_that_has_no_export_says_so(tmp_path, monkeypatch):
+    monkeypatch.delattr(ToyPlant, "export")
+    assert applied(tmp_path).unsaved == "ToyPlant has no model to export"
+
+
+def test_tied_weights_are_saved_as_what_they_are(tmp_path, monkeypatch):
+    model = Tied()
+    monkeypatch.setattr(ToyPlant, "export", lambda self, row: model)
+    assert applied(tmp_path).unsaved == ""
+    saved = load_file(tmp_path / "model-1" / "model.safetensors")
+    assert set(saved) == {"embed.weight", "head.weight"}
+    assert all(np.array_equal(value, model.embed.weight.detach()) for value in saved.values())
+    again = Tied()
+    again.load_state_dict(saved)
+    assert torch.equal(again.head.weight, model.head.weight)
