@@ -5,8 +5,8 @@
     python -m benchmarks.evidence --check    # says which are not what the files say
 
 A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
-`paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `epochs` or `disturbed`; or
-`overview: NAME; NAME` of several evaluations, one row each (NAME of the table is then `all`).
+`paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
+`disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME).
 """
 
 import json
@@ -101,13 +101,13 @@ def _overview(names: Sequence[str]) -> list[list[str]]:
     for name in names:
         summary = _read(name)
         minus, closed = summary["policy_minus"], summary["gap_closed"]
-        low, high = (100 * closed[end] for end in ("low", "high"))
+        share, low, high = (_percent(closed[end]) for end in ("estimate", "low", "high"))
         row = [_PLACES[name], str(summary["n_tasks"])]
         row += [
             interval_text(minus[arm]["final_test"])
             for arm in ("default", "best static", "replay", "yoked")
         ]
-        row.append(f"{100 * closed['estimate']:.0f} % [{low:.0f}, {high:.0f}]")
+        row.append(f"{share} % [{low}, {high}]")
         row.append(f"{100 * minus['best static']['worst_decile_regret']:+.1f} %")
         first = next(group for group in summary["by_epochs"] if group["from"] == 0)
         row.append(interval_text(first["policy_minus"]["best static"]))
@@ -171,12 +171,32 @@ def _disturbed(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _costs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
+    header = ["to reach the final loss of", "share of the run", "share of its FLOPs"]
+    rows = [[*header, "runs that pay for one training"], ["---", *["---:"] * 3]]
+    for arm in arms:
+        minus, runs = summary["policy_minus"][arm], summary["break_even"][arm]
+        steps, flops = (
+            f"{100 * minus[f'share_of_{what}_to_its_final_loss']:.0f} %"
+            for what in ("run", "flops")
+        )
+        rows.append(
+            [_label(arm, summary), steps, flops, "never" if runs is None else f"{runs:,.0f}"]
+        )
+    return rows
+
+
 _KINDS = {
     "paired": _paired,
+    "costs": _costs,
     "differences": _differences,
     "epochs": _epochs,
     "disturbed": _disturbed,
 }
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}"
 
 
 def _label(arm: str, summary: dict[str, Any]) -> str:

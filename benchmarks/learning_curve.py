@@ -11,9 +11,9 @@ did there, so that nothing is compared with other tasks.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms, static_arm
 from metactl.evaluation.arms import from_arm
 from metactl.evaluation.place import Counter
-from metactl.evaluation.summary import column
+from metactl.evaluation.summary import column, plain
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import bar
@@ -76,8 +76,8 @@ def main(options: Options) -> None:
                 "control_steps": steps,
                 "minutes": minutes(steps),
                 "final_test": float(loss.mean()),
-                "minus_best_static": asdict(paired_difference(loss, held["best static"])),
-                "gap_closed": asdict(closed),
+                "minus_best_static": plain(paired_difference(loss, held["best static"])),
+                "gap_closed": plain(closed),
             }
             points.append(point)
         seed = kept[max(kept)].card.training["config"]["seed"]
@@ -92,9 +92,7 @@ def main(options: Options) -> None:
     options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for curve in curves:
         last, first = curve["points"][-1], curve["whole_gap"]
-        end = (
-            f"{curve['training']}: ends at {100 * last['gap_closed']['estimate']:.0f} % of the gap"
-        )
+        end = f"seed {curve['seed']}: ends at {_percent(last)} of the gap"
         if first is None:
             print(f"{end}, the whole of it never")
         else:
@@ -111,13 +109,21 @@ def kept_policies(training: Path) -> dict[int, Policy]:
     return dict(sorted(kept.items()))
 
 
-def minutes_at(training: Path) -> Any:
+def minutes_at(training: Path) -> Callable[[int], float]:
     """Minutes of training by control steps, from its board."""
     board = EventAccumulator(str(training / "tb"), size_guidance={"scalars": 0})
     board.Reload()
-    elapsed = board.Scalars("time/time_elapsed")
-    steps, seconds = [0, *(e.step for e in elapsed)], [0.0, *(e.value for e in elapsed)]
+    steps, seconds, before = [0], [0.0], 0.0
+    for event in board.Scalars("time/time_elapsed"):  # begins anew where a training was resumed
+        seconds.append(seconds[-1] + event.value - (before if event.value >= before else 0.0))
+        steps.append(event.step)
+        before = event.value
     return lambda at: float(np.interp(at, steps, seconds)) / 60
+
+
+def _percent(point: dict[str, Any]) -> str:
+    share = point["gap_closed"]["estimate"]
+    return "nothing" if share is None else f"{100 * share:.0f} %"
 
 
 def _played(
@@ -158,7 +164,7 @@ def _played(
 
 def _first(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Where the whole gap is closed, and stays so at the next point."""
-    closed = [point["gap_closed"]["estimate"] >= 1 for point in points]
+    closed = [(point["gap_closed"]["estimate"] or 0.0) >= 1 for point in points]
     for i, point in enumerate(points):
         if all(closed[i : i + 2]):
             return {name: point[name] for name in ("control_steps", "minutes")}
@@ -175,7 +181,8 @@ def draw(path: Path, curves: Sequence[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     all_points = [curve["points"] for curve in curves]
     steps = [point["control_steps"] for point in all_points[0]]
-    shares = np.array([[p["gap_closed"]["estimate"] for p in points] for points in all_points])
+    found = [[p["gap_closed"]["estimate"] for p in points] for points in all_points]
+    shares = np.array(found, dtype=np.float64)  # NaN where there is no gap
     for curve, share in zip(curves, 100 * shares, strict=True):
         axes.plot(steps, share, color="tab:blue", alpha=0.4, lw=1, marker=".")
         axes.annotate(f"seed {curve['seed']}", (steps[-1], share[-1]), fontsize=7)

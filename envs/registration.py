@@ -22,15 +22,14 @@ _require_own_models()
 
 from envs.transformer_run import AdaptiveTransformerRun, RunConfig, build_run  # noqa: E402
 from metactl.env import TrainingRunEnv, TrainingRunVectorEnv  # noqa: E402
-from metactl.episodes import split_options  # noqa: E402
+from metactl.episodes import ControlConfig, split_options  # noqa: E402
 
 __all__ = ["AdaptiveTransformerRun", "RunConfig", "make_environment", "make_vector_environment"]
 
 
 def make_environment(render_mode: str | None = None, **options: Any) -> TrainingRunEnv:
     """One adaptive transformer as an environment; options of `RunConfig` and `ControlConfig`."""
-    run_options, control = split_options(options)
-    return TrainingRunEnv(build_run(1, run_options), control, render_mode=render_mode)
+    return TrainingRunEnv(*_built(1, options), render_mode=render_mode)
 
 
 def make_vector_environment(
@@ -40,5 +39,15 @@ def make_vector_environment(
     **options: Any,
 ) -> TrainingRunVectorEnv:
     """A population of adaptive transformers as a vector environment."""
+    return TrainingRunVectorEnv(*_built(num_envs, options), render_mode=render_mode)
+
+
+def _built(n_runs: int, options: dict[str, Any]) -> tuple[AdaptiveTransformerRun, ControlConfig]:
     run_options, control = split_options(options)
-    return TrainingRunVectorEnv(build_run(num_envs, run_options), control, render_mode=render_mode)
+    run = build_run(n_runs, run_options)
+    if run.config.horizon_range[0] < control.n_control_steps:  # a draw would stop a training
+        raise ValueError(
+            f"horizon must be at least n_control_steps={control.n_control_steps} optimizer steps, "
+            f"got {run.config.horizon}"
+        )
+    return run, control

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.logger import KVWriter
 from torch.utils.tensorboard import SummaryWriter
 
@@ -48,6 +49,9 @@ def _wait_for_a_later_name(folder: Path) -> None:
         time.sleep(int(now) + 1 - now)
 
 
+_NUMBERS = (int, float, np.floating)
+
+
 class BoardWriter(KVWriter):
     """Passes what Stable-Baselines3 logs to a board."""
 
@@ -60,7 +64,7 @@ class BoardWriter(KVWriter):
         key_excluded: dict[str, tuple[str, ...]],
         step: int = 0,
     ) -> None:
-        numbers = {k: v for k, v in key_values.items() if isinstance(v, int | float)}
+        numbers = {k: v for k, v in key_values.items() if isinstance(v, _NUMBERS)}
         self.board.scalars({k: float(v) for k, v in numbers.items()}, step)
 
     def close(self) -> None:

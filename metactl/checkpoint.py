@@ -25,6 +25,7 @@ from metactl.files import sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 KEEP = 3
+_ARRAY = "array/"  # before the names of what was an array, and will be one again
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
@@ -86,15 +87,18 @@ def load_newest_checkpoint(
 def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of an environment, arrays and tensors by name, as `save_checkpoint` takes it."""
     return {
-        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+        name if isinstance(value, Tensor) else _ARRAY + name: value
+        if isinstance(value, Tensor)
+        else torch.from_numpy(np.array(value))
         for name, value in state.items()
     }
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The reverse of `to_tensors`: tensors stay what belongs to the run."""
+    """The reverse of `to_tensors`."""
     return {
-        name: value if name.startswith("run/") else value.numpy() for name, value in tensors.items()
+        name.removeprefix(_ARRAY): value.numpy() if name.startswith(_ARRAY) else value
+        for name, value in tensors.items()
     }
 
 

@@ -93,7 +93,7 @@ def _train(command: Train) -> int:
     run_dir = open_run_directory(command.run_dir, "train", dump(config), resume=command.resume)
     torch.set_num_threads(1)
     with (
-        discard_if_refused(run_dir),
+        discard_if_refused(run_dir, resume=command.resume),
         _place_for(config.environment, command.address),
         bar("Training the controller") as progress,
     ):
@@ -199,7 +199,7 @@ def _evaluate(command: Evaluate) -> int:
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
-    require_writable(command.json, command.figure)
+    require_writable(command.json, picture=command.figure)
     full = command.suite == "full"
     plan = EvaluationPlan(
         n_tasks=command.n_tasks,

@@ -34,6 +34,8 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS")
+    if address == "local":  # Ray's word for a cluster of this machine's own
+        address = None
     if address:
         _require_answer(address)
     else:

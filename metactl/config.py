@@ -110,6 +110,8 @@ class PPOConfig:
         for name in (*counts, "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 control steps, got {self.batch_size}")
         if any(units < 1 for units in self.hidden):
             raise ValueError(f"hidden must be units of at least 1, got {list(self.hidden)}")
         if not 0 <= self.bound_cost < math.inf:

@@ -36,7 +36,8 @@ def deployment(
     options |= {"split": "meta_test", "n_control_steps": policy.card.n_control_steps}
     if data is not None:
         resolved = resolve_data({"data": str(data)})["data"]
-        if resolved != trained.options.get("data"):
+        seen = [place.get("data") for place in (trained.options, *trained.variants)]
+        if resolved not in seen:
             options["split"] = "all"
         options["data"] = resolved
         if whole:

@@ -58,6 +58,7 @@ class ControlLoop:
         self.control_step = np.zeros(n, dtype=np.int64)
         self.value = np.zeros(n)
         self.start_loss = np.zeros(n)
+        self.run_seeds = np.zeros(n, dtype=np.int64)  # of the episodes begun last
         self._round_horizon()
 
     def _round_horizon(self) -> None:
@@ -87,6 +88,7 @@ class ControlLoop:
         self.run.reset(rows, tasks, [episode.run_seed for episode in episodes])
         for row, episode in zip(rows, episodes, strict=True):
             self.positions[row] = episode.positions
+            self.run_seeds[row] = episode.run_seed
             self.available[row] = episode.available
             self.visible[row] = [group not in episode.hidden for group in self.codec.groups]
         self.run.apply(self.knobs.values(self.positions))
@@ -233,7 +235,8 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
 
     A run that ends is replaced within the same step (`AutoresetMode.SAME_STEP`): its last
     observation is `infos["final_obs"]`. Row i of a reset with seed s is the single environment
-    reset with seed s + i.
+    reset with seed s + i. What took the place of a run that diverged is truncated when the others
+    come to their end, so that all begin together again.
 
     Args:
         run: The plant; its `n_runs` is `num_envs`.
@@ -270,6 +273,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         return self._begin(list(range(self.num_envs))), {}
 
     def _begin(self, rows: list[int]) -> np.ndarray:
+        """Starts the next episodes; a new horizon is drawn where all rows begin together."""
         if len(rows) == self.num_envs:
             self.loop.draw_horizon(horizon_seed(int(self._seeds[0]), int(self._episodes[0])))
         episodes = [
@@ -286,16 +290,20 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         for name, value in _shown(step).items():
             infos |= {name: value, f"_{name}": np.ones(self.num_envs, dtype=bool)}
         observation = step.observation
-        ended = np.flatnonzero(step.terminated).tolist()
+        over = self.loop.control_step >= self.loop.config.n_control_steps
+        truncated = ~step.terminated & over.any()
+        ends = step.terminated | truncated
+        if truncated.any():
+            self._episodes[:] = self._episodes.max()  # the same for all, as if none had diverged
+        ended = np.flatnonzero(ends).tolist()
         if ended:
             final = np.full(self.num_envs, None, dtype=object)
             for row in ended:
                 final[row] = observation[row].copy()
-            infos["final_obs"], infos["_final_obs"] = final, step.terminated.copy()
+            infos["final_obs"], infos["_final_obs"] = final, ends
             infos["final_info"] = {key: value for key, value in infos.items() if "final" not in key}
-            infos["_final_info"] = step.terminated.copy()
+            infos["_final_info"] = ends.copy()
             observation = self._begin(ended)
-        truncated = np.zeros(self.num_envs, dtype=bool)
         return observation, step.reward, step.terminated.copy(), truncated, infos
 
     def state_dict(self) -> dict[str, Any]:

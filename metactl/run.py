@@ -160,10 +160,19 @@ class SingleRuns(TrainingRun):
     def __init__(self, build: Callable[[], TrainingRun], n_runs: int) -> None:
         self._runs = [build() for _ in range(n_runs)]
         self.n_runs = n_runs
-        self.horizon = self._runs[0].horizon
         for run in self._runs:
             if run.n_runs != 1:
                 raise ValueError(f"SingleRuns needs plants of one run each, got {run.n_runs}")
+
+    @property
+    def horizon(self) -> int:
+        """Of every plant; whoever sets it sets theirs."""
+        return self._runs[0].horizon
+
+    @horizon.setter
+    def horizon(self, steps: int) -> None:
+        for run in self._runs:
+            run.horizon = steps
 
     @property
     def knobs(self) -> Sequence[Knob]:
@@ -183,7 +192,6 @@ class SingleRuns(TrainingRun):
     def draw_horizon(self, seed: int) -> None:
         for run in self._runs:
             run.draw_horizon(seed)
-        self.horizon = self._runs[0].horizon
 
     def apply(self, values: Mapping[str, FloatArray]) -> None:
         for row, run in enumerate(self._runs):

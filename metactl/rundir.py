@@ -17,6 +17,10 @@ from metactl.config import ConfigError
 from metactl.errors import WorkerDied
 from metactl.files import write_atomically
 
+_PICTURES = (".png", ".pdf", ".svg")
+_LOCK = ".lock"
+_locks: dict[tuple[int, int], int] = {}  # by directory: what keeps it, until this process ends
+_EMPTY = ("config.yaml", "tb", _LOCK)
 _PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
 
 
@@ -64,6 +68,7 @@ def open_run_directory(
                 f"--resume if this command can"
             )
         _require_same(record, kind, config)
+        _lock(path)
         return path
     if resume:
         raise RunDirectoryError(f"Run directory {str(path)!r} holds no run to resume")
@@ -76,17 +81,44 @@ def open_run_directory(
         raise RunDirectoryError(
             f"Run directory {str(path)!r} cannot be written: {error.strerror or error}"
         ) from error
+    _lock(path)
     return path
 
 
+def _lock(run_dir: Path) -> None:
+    """Keeps others out of a run directory as long as this process lives.
+
+    Raises:
+        RunDirectoryError: If another process is at work there.
+    """
+    place = run_dir.stat()
+    key = (place.st_dev, place.st_ino)
+    if key in _locks:
+        return
+    file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise RunDirectoryError(
+            f"Run directory {str(run_dir)!r} is in use by another process"
+        ) from error
+    except (ImportError, OSError):  # a system, or a file system, that has no locks
+        os.close(file)
+        return
+    _locks[key] = file
+
+
 @contextlib.contextmanager
-def discard_if_refused(run_dir: Path) -> Iterator[None]:
+def discard_if_refused(run_dir: Path, *, resume: bool = False) -> Iterator[None]:
     """Takes a new run directory back when the run is refused before it kept anything."""
+    begun = any(path.name not in _EMPTY for path in run_dir.iterdir())
     try:
         yield
     except (ValueError, ImportError, WorkerDied):
-        kept = {path.name for path in run_dir.iterdir()} - {"config.yaml", "tb"}
-        if not kept:
+        if not begun and not resume and all(path.name in _EMPTY for path in run_dir.iterdir()):
             shutil.rmtree(run_dir)
         raise
 
@@ -137,13 +169,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(body, indent=2, allow_nan=False) + "\n").encode())
 
 
-def require_writable(*files: Path | None) -> None:
+def require_writable(*files: Path | None, picture: Path | None = None) -> None:
     """Makes the folders of files that are to be written; refuses what cannot be, before the work.
 
     Raises:
         ConfigError: With the file, and why.
     """
-    for file in files:
+    if picture is not None and picture.suffix.lower() not in _PICTURES:
+        raise ConfigError(f"A picture must end in {', '.join(_PICTURES)}, got {picture.name!r}")
+    for file in (*files, picture):
         if file is None:
             continue
         path = _resolved(file, "File")

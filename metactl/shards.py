@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from metactl.config import ConfigError
 from metactl.env import TrainingRunVectorEnv
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, Trial, TrialResult, play
@@ -22,7 +23,12 @@ from metactl.worker import Build, ProcessWorker, Worker
 def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
     """A vector environment by id, with a clear word when Python finds the wrong package."""
     require_own_package(env_id.partition(":")[0])
-    env = gymnasium.make_vec(env_id, num_envs=n_envs, **options).unwrapped
+    try:
+        env = gymnasium.make_vec(env_id, num_envs=n_envs, **options).unwrapped
+    except gymnasium.error.Error as error:
+        raise ConfigError(f"No environment {env_id!r}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{env_id}: {error}") from error
     if not isinstance(env, TrainingRunVectorEnv):
         raise ValueError(
             f"{env_id} is a {type(env).__name__}; metactl needs a TrainingRunVectorEnv "

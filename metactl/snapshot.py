@@ -57,7 +57,7 @@ def snapshot(
         "pending": {
             name: float(value)
             for name, value in model.logger.name_to_value.items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float | np.floating)
         },
         "numpy": [position, has_gauss, cached],
         "python": [python_version, python_gauss],

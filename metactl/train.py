@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metactl.actor_critic import AsymmetricPolicy, Normaliser, entries_of, standardisation
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
-from metactl.config import EnvironmentConfig, TrainConfig, dump
+from metactl.config import ConfigError, EnvironmentConfig, TrainConfig, dump
 from metactl.evaluation.healthy import healthy_set_points
 from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
@@ -71,7 +71,8 @@ def train(
     Args:
         config: What and how.
         run_dir: Holds `checkpoints/`, `tb/` and in the end `policy/`.
-        resume: Go on from the newest checkpoint in `run_dir`.
+        resume: Go on from the newest checkpoint in `run_dir`; from the beginning, where a kill came
+            before the first.
         progress: Told about every control step.
         report: Told before every update: control steps so far, mean return of the runs that ended.
 
@@ -79,28 +80,28 @@ def train(
         The policy.
 
     Raises:
-        RunDirectoryError: If there is nothing to resume.
+        RunDirectoryError: If there are checkpoints, and all are damaged.
     """
     with build_shards(config) as shards:
         env = ShardVecEnv(shards, config.ppo.paired_runs, config.ppo.bound_cost)
         model = build_ppo(config, env)
         tensors: dict[str, Tensor] | None = None
         pending: dict[str, float] = {}  # figures noted, but not yet on the board
-        if resume:
-            state = load_newest_checkpoint(run_dir / "checkpoints")
-            if state is None:
-                raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
+        state = load_newest_checkpoint(run_dir / "checkpoints") if resume else None
+        if state is not None:
             tensors, scalars = state
             restore(model, shards, tensors, scalars)
             scales, env.reward_unit = scalars["reward_scales"], scalars["reward_unit"]
             pending = scalars["pending"]
+        elif resume and any((run_dir / "checkpoints").glob("step-*")):
+            raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
         else:
             scales, env.reward_unit = _calibrate(model, env)
             env.seed(config.seed << _SEED_BITS)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         shards.call("set_reward_scale", [(scale,) for scale in scales])
-        purge_step = model.num_timesteps + 1 if resume else 0
+        purge_step = model.num_timesteps + 1 if state is not None else 0
         with Board(run_dir / "tb", purge_step=purge_step) as board:
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
             for name, value in pending.items():
@@ -122,6 +123,11 @@ def train(
 
 def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
     ppo = config.ppo
+    if ppo.n_steps * env.num_envs < 2:
+        raise ConfigError(
+            f"n_steps={ppo.n_steps} of {env.num_envs} run is too little to learn from: at least 2 "
+            f"control steps are needed"
+        )
     names = env.shards.describe()["observation_names"]
     return PPO(
         AsymmetricPolicy,
@@ -209,10 +215,11 @@ class _Keeper(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         assert isinstance(self.model, PPO)
+        kept = self._resumed is not None  # it begins at a checkpoint, which is there
         if self._resumed is not None:
             restore_exploration(self.model, self._resumed)
             self._resumed = None
-        if self._updates % self.config.checkpoint_every == 0:
+        if self._updates % self.config.checkpoint_every == 0 and not kept:
             tensors, scalars = snapshot(self.model, self.shards, self.scales)
             folder = self.run_dir / "checkpoints"
             save_checkpoint(folder, self.num_timesteps, tensors, scalars)

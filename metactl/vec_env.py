@@ -76,9 +76,14 @@ class ShardVecEnv(VecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         chunks = np.split(self._actions, self.shards.n_shards)
         answers = self.shards.call("step", [(chunk,) for chunk in chunks])
-        observations, rewards, terminated, _, infos = zip(*answers, strict=True)
-        per_run = [info for shard in infos for info in self._per_run(shard)]
-        reward, done = np.concatenate(rewards), np.concatenate(terminated)
+        observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
+        per_run = [
+            info
+            for shard, cut in zip(infos, truncated, strict=True)
+            for info in self._per_run(shard, cut)
+        ]
+        reward = np.concatenate(rewards)
+        done = np.concatenate(terminated) | np.concatenate(truncated)
         self._returns += reward
         for info, own, so_far in zip(per_run, reward, self._returns, strict=True):
             info |= {"own_reward": float(own), "own_return": float(so_far)}
@@ -87,6 +92,9 @@ class ShardVecEnv(VecEnv):
         self._age[1] += 1
         self._age[0, done] += 1
         self._age[1, done] = 0
+        together = done.reshape(-1, self.paired_runs).all(axis=1)  # all begin the same episode
+        episode = self._age[0].reshape(-1, self.paired_runs)
+        episode[together] = episode[together].max(axis=1, keepdims=True)
         self._returns[done] = 0
         seen = self._beside_pairs(np.concatenate(observations))
         return seen, relative.astype(np.float32), done, per_run
@@ -119,16 +127,18 @@ class ShardVecEnv(VecEnv):
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._age, self._returns = np.array(state["age"]), np.array(state["returns"])
 
-    def _per_run(self, infos: dict[str, Any]) -> list[dict[str, Any]]:
+    def _per_run(self, infos: dict[str, Any], truncated: np.ndarray) -> list[dict[str, Any]]:
         """SB3 wants one dictionary per run, and the last observation of those that ended."""
         ended = infos.get("_final_obs", np.zeros(self.shards.n_envs, dtype=bool))
-        apart = ("final_obs", "final_info")
-        names = [key for key in infos if not key.startswith("_") and key not in apart]
+        others = ("final_obs", "final_info")
+        names = [key for key in infos if not key.startswith("_") and key not in others]
         columns = [infos[name].tolist() for name in names]
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         for i in np.flatnonzero(ended):
-            rows[i]["terminal_observation"] = infos["final_obs"][i]
-            rows[i]["TimeLimit.truncated"] = False
+            last = infos["final_obs"][i]
+            beside = np.zeros_like(last)[: self.n_seen * (self.paired_runs > 1)]  # nobody is there
+            rows[i]["terminal_observation"] = np.concatenate([last, beside])
+            rows[i]["TimeLimit.truncated"] = bool(truncated[i])
         return rows
 
     def close(self) -> None:

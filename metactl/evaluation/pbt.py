@@ -84,7 +84,8 @@ class Takeovers:
         self._stretches.append(Stretch(loop.positions.copy(), began - loss))
         n_replaced = max(1, round(self.share * self.n_members))
         for first in range(0, loop.run.n_runs - self.n_members + 1, self.n_members):
-            rng = np.random.default_rng([self.seed, _TAKEOVERS, index, first])
+            own = int(loop.run_seeds[first])  # the task's, wherever it is played
+            rng = np.random.default_rng([self.seed, _TAKEOVERS, index, own])
             members = slice(first, first + self.n_members)
             order = first + loss[members].argsort(kind="stable")
             going_on, worst = order[:-n_replaced], order[-n_replaced:]

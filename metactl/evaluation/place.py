@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metactl.config import ConfigError
 from metactl.evaluation.kept import KeepingRow
 from metactl.progress import Progress
 from metactl.shards import ShardRow
@@ -36,10 +35,7 @@ class Where:
         """
         options = {**self.options, **changes}
         place = (self.env_id, self.n_envs, options, self.n_workers)
-        try:
-            return ShardRow(*place) if self.folder is None else KeepingRow(self.folder, *place)
-        except TypeError as error:
-            raise ConfigError(f"{self.env_id}: {error}") from error
+        return ShardRow(*place) if self.folder is None else KeepingRow(self.folder, *place)
 
 
 class Counter:

@@ -51,7 +51,7 @@ def summarise(
         policy, static, oracle = (
             column(results[arm], "final_test") for arm in ("policy", "best static", oracle_name)
         )
-        summary["gap_closed"] = _finite(gap_closed(policy, static, oracle))
+        summary["gap_closed"] = plain(gap_closed(policy, static, oracle))
     return summary
 
 
@@ -108,8 +108,8 @@ def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) ->
     ours, theirs = column(policy, "final_test"), column(other, "final_test")
     best_ours, best_theirs = column(policy, "best_test"), column(other, "best_test")
     return {
-        "final_test": _finite(paired_difference(ours, theirs)),
-        "best_checkpoint_test": _finite(paired_difference(best_ours, best_theirs)),
+        "final_test": plain(paired_difference(ours, theirs)),
+        "best_checkpoint_test": plain(paired_difference(best_ours, best_theirs)),
         "probability_of_improvement": probability_of_improvement(ours, theirs),
         "iqm": interquartile_mean(ours - theirs),
         "worst_decile_regret": worst_decile(ours / theirs - 1),
@@ -142,7 +142,7 @@ def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
             continue
         ours = column(runs, "final_test")[inside]
         minus = {
-            arm: _finite(paired_difference(ours, column(others, "final_test")[inside]))
+            arm: plain(paired_difference(ours, column(others, "final_test")[inside]))
             for arm, others in results.items()
             if arm != "policy"
         }
@@ -203,8 +203,8 @@ def moves_explained_by_progress(runs: Sequence[TrialResult], knobs: Sequence[str
     return np.divide(by_step, total, out=np.zeros_like(total), where=total > 0)
 
 
-def _finite(interval: Interval) -> dict[str, float | None]:
-    """As JSON values; what is unbounded is null."""
+def plain(interval: Interval) -> dict[str, float | None]:
+    """An interval as JSON values; what is unbounded is null."""
     return {k: v if np.isfinite(v) else None for k, v in asdict(interval).items()}
 
 

@@ -1,6 +1,7 @@
 """What applying a policy leaves behind, whatever the run has to give."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 from toy_plant import TOY, ToyPlant
 
 from metactl.apply import apply_policy
+from metactl.deployment import deployment
+from metactl.policy import Policy
 from metactl.shards import ShardRow
 
 
@@ -65,3 +68,17 @@ def test_tied_weights_are_saved_as_what_they_are(tmp_path, monkeypatch):
     again = Tied()
     again.load_state_dict(saved)
     assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_text_that_a_policy_learned_on_in_any_variant_is_not_unseen(tmp_path):
+    policy = Policy.load("default")
+    learned, other = tmp_path / "learned.txt", tmp_path / "other.txt"
+    for file in (learned, other):
+        file.write_text("text")
+    recipe = policy.card.training["config"]
+    environment = {**recipe["environment"], "variants": [{}, {"data": str(learned.resolve())}]}
+    environment["n_workers"] = 2
+    training = {**policy.card.training, "config": {**recipe, "environment": environment}}
+    policy = Policy(replace(policy.card, training=training), policy.weights)
+    splits = {file: deployment(policy, data=file)[1]["split"] for file in (learned, other)}
+    assert splits == {learned: "meta_test", other: "all"}

@@ -3,10 +3,16 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
+from metactl.checkpoint import (
+    from_tensors,
+    load_newest_checkpoint,
+    save_checkpoint,
+    to_tensors,
+)
 
 # Forks a process that saves as fast as it can, kills it, and says what is left; five times.
 SAVE_AND_KILL = """
@@ -194,3 +200,16 @@ def test_a_kill_at_any_moment_leaves_a_newest_checkpoint_that_is_whole(tmp_path)
     for kill in kills:
         assert kill["values"] == [kill["step"]]
         assert kill["step"] >= max(kill["done"], 1)
+
+
+def test_what_was_an_array_is_one_again_and_a_tensor_a_tensor():
+    state = {
+        "run/weights": torch.ones(2),
+        "run/flags": np.array([True, False]),
+        "positions": np.zeros((1, 2)),
+    }
+    back = from_tensors(to_tensors(state))
+    assert {name: type(value) for name, value in back.items()} == {
+        name: type(value) for name, value in state.items()
+    }
+    assert back["run/flags"].dtype == bool

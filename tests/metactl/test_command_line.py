@@ -317,6 +317,9 @@ def test_refusals_are_one_line_that_names_the_thing(
         (("--set", "seed=!!timestamp x"), "--set seed: '!!timestamp x' is not a YAML value"),
         (("--set", "seed=2024-13-45"), "--set seed: '2024-13-45' is not a YAML value"),
         (("--config", "deep.yaml"), "'deep.yaml' is not YAML"),
+        (("--set", "environment.id=toy_plant:Toy-v7"), "No environment 'toy_plant:Toy-v7'"),
+        (("--set", "environment.id=toy_plant:Toy-v0"), "unexpected keyword argument 'context'"),
+        (("--set", "environment.options.horizon=[4, 40]"), "horizon must be at least n_control"),
     ],
 )
 def test_what_cannot_be_read_at_all_is_one_line(

@@ -104,6 +104,7 @@ def test_an_unknown_key_that_resembles_none_lists_the_known():
         ("ppo.total_timesteps", 0),
         ("ppo.n_steps", -3),
         ("ppo.batch_size", 0),
+        ("ppo.batch_size", 1),
         ("ppo.learning_rate", 0.0),
         ("ppo.learning_rate", float("nan")),
         ("ppo.learning_rate", float("inf")),

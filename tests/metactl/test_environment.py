@@ -175,6 +175,28 @@ def test_a_run_that_diverges_is_terminated_and_its_neighbour_goes_on_undisturbed
         assert left[1][1] == right[1][1]
 
 
+def test_after_a_divergence_all_begin_together_again_on_the_same_episodes():
+    env = toys(3, diverge_above=0.95, n_control_steps=8)
+    drawn = []
+    env.loop.run.draw_horizon = drawn.append
+    env.reset(seed=[5, 5, 5])
+    up = np.array([[0.0, 0], [1, 0], [0, 0]])
+    ended = []
+    for step in range(24):
+        _, _, terminated, truncated, infos = env.step(up if step == 0 else 0 * up)
+        ended.append((terminated.tolist(), truncated.tolist()))
+        assert not (terminated & truncated).any()
+        if truncated.any():
+            assert infos["final_obs"][1].shape == env.single_observation_space.shape
+    assert [i for i in range(8) if any(ended[i][0])] == [0, 7]
+    assert ended[0] == ([False, True, False], [False] * 3)
+    assert ended[7] == ([True, False, True], [False, True, False])
+    assert ended[15] == ended[23] == ([True] * 3, [False] * 3)
+    assert len(drawn) == 4  # at the reset and at every common end
+    assert len(set(env._episodes.tolist())) == 1
+    assert len(set(env.loop.start_loss.tolist())) == 1  # the same episode again
+
+
 def test_a_transformer_that_diverges_is_terminated_inside_the_observation_space():
     env = population(2, learning_rate=1e30)
     env.reset(seed=0)

@@ -140,3 +140,18 @@ def test_who_takes_over_from_another_has_its_best_checkpoint_and_has_not_diverge
 def test_populations_that_do_not_fit_are_refused(shards):
     with pytest.raises(ValueError, match=r"populations of 3 need a multiple of 3.*got 8"):
         play_pbt(shards, 3, 2, 0, DEFAULT)
+
+
+def test_every_task_is_searched_in_its_own_way_wherever_it_is_played():
+    moves = {}
+    for n_envs in (4, 8):
+        drawn = []
+
+        def explore(stretches, better, going_on, rng, drawn=drawn):
+            drawn.append(tuple(rng.standard_normal(2)))
+            return better
+
+        with ShardRow(TOY, n_envs, {"n_control_steps": N}, 0) as row:
+            play_pbt(row, 4, 4, 0, DEFAULT, explore=explore)
+        moves[n_envs] = drawn
+    assert len(set(moves[4])) == 4 and set(moves[4]) == set(moves[8])

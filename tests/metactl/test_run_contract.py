@@ -128,3 +128,26 @@ def test_joined_measurements_keep_the_internal_signals():
         for value in (0.1, 0.2)
     ]
     assert join_measurements(parts).internal["entropy"].tolist() == [0.1, 0.2]
+
+
+class Varied(ToyPlant):
+    def draw_horizon(self, seed):
+        self.horizon = int(np.random.default_rng(seed).integers(20, 200))
+
+
+def test_single_ones_have_the_horizon_of_their_population():
+    native = ControlLoop(Varied(2, horizon=54), ControlConfig(n_control_steps=10))
+    adapted = ControlLoop(singles(2, Varied, horizon=54), ControlConfig(n_control_steps=10))
+    plants = adapted.run._runs
+    assert native.run.horizon == adapted.run.horizon == 50
+    assert [plant.horizon for plant in plants] == [50, 50]
+    episodes = [native.draw_episode(0, i) for i in range(2)]
+    for loop in (native, adapted):
+        loop.draw_horizon(7)
+        loop.reset([0, 1], episodes)
+        loop.step(np.zeros((2, 2)))
+    again = ControlLoop(singles(2, Varied, horizon=54), ControlConfig(n_control_steps=10))
+    again.load_state_dict(adapted.state_dict())
+    for _ in range(5):
+        losses = [loop.step(np.zeros((2, 2))).measurement.probe_loss for loop in (native, again)]
+        np.testing.assert_array_equal(losses[0], losses[1])

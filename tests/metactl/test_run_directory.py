@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -5,7 +6,14 @@ import pytest
 import yaml
 
 from metactl.config import ConfigError, TrainConfig, dump
-from metactl.rundir import RunDirectoryError, differences, open_run_directory, resolve_data
+from metactl.rundir import (
+    RunDirectoryError,
+    differences,
+    discard_if_refused,
+    open_run_directory,
+    require_writable,
+    resolve_data,
+)
 
 CONFIG = {"seed": 1, "ppo": {"gamma": 1.0, "hidden": [64, 64]}}
 
@@ -118,3 +126,39 @@ def test_a_data_path_becomes_absolute_and_must_exist(tmp_path, monkeypatch):
     assert resolve_data({"context": 16}) == {"context": 16}
     with pytest.raises(ConfigError, match="Data 'nowhere' does not exist"):
         resolve_data({"data": "nowhere"})
+
+
+HOLD = """
+import sys, time
+from metactl.rundir import open_run_directory
+open_run_directory(sys.argv[1], "train", {"seed": 1})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_are_not_at_work_in_one_directory(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunDirectoryError, match="is in use by another process"):
+            open_run_directory(tmp_path, "train", {"seed": 1}, resume=True)
+        other.kill()
+    for _ in range(2):  # free after a kill, and this process may come back
+        assert open_run_directory(tmp_path, "train", {"seed": 1}, resume=True) == tmp_path
+
+
+def test_what_is_resumed_is_never_taken_back(tmp_path):
+    open_run_directory(tmp_path / "a", "train", CONFIG)
+    with pytest.raises(ValueError, match="no"), discard_if_refused(tmp_path / "a", resume=True):
+        raise ValueError("no")
+    assert (tmp_path / "a" / "config.yaml").exists()
+    with pytest.raises(ValueError, match="no"), discard_if_refused(tmp_path / "a"):
+        raise ValueError("no")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path):
+    require_writable(tmp_path / "a.json", picture=tmp_path / "a.PDF")
+    with pytest.raises(ConfigError, match=r"must end in .png, .pdf, .svg, got 'a.bmp'"):
+        require_writable(picture=tmp_path / "a.bmp")

@@ -13,7 +13,7 @@ from toy_plant import TOY
 
 from metactl import Policy
 from metactl.board import Board
-from metactl.config import parse
+from metactl.config import ConfigError, parse
 from metactl.controllers import Learned, Static
 from metactl.rollout import Trial
 from metactl.rundir import RunDirectoryError
@@ -39,7 +39,7 @@ TOYS = {
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from metactl.config import parse
+from metactl.config import ConfigError, parse
 from metactl.train import TrainConfig, train
 
 torch.set_num_threads(1)
@@ -179,6 +179,10 @@ def test_a_resumed_board_holds_every_update_once(tmp_path, tag):
     assert [(e.step, e.value) for e in parts[tag]] == [(e.step, e.value) for e in whole[tag]]
 
 
+def test_what_is_a_numpy_number_is_on_the_board_too(trained):
+    assert "train/approx_kl" in scalars(trained[0])
+
+
 def test_what_a_resumed_board_writes_is_read_after_what_was_there(tmp_path):
     (tmp_path / "events.out.tfevents.99999999999.clock.1.0").touch()  # nobody waits for that
     for purge_step in (0, 2, 3):
@@ -236,9 +240,53 @@ def test_a_worker_killed_in_training_changes_nothing(tmp_path):
     assert weights(tmp_path / "hit") == weights(tmp_path / "whole")
 
 
-def test_there_must_be_a_checkpoint_to_resume(tmp_path):
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    train(config(TOYS), tmp_path / "whole")
+    train(config(TOYS), tmp_path / "again", resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "again")
+
+
+def test_damaged_checkpoints_alone_are_nothing_to_resume(tmp_path):
+    interrupted(config(TOYS), tmp_path, 20)
+    for checkpoint in (tmp_path / "checkpoints").glob("step-*"):
+        (checkpoint / "state.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match="holds no intact checkpoint to resume"):
         train(config(TOYS), tmp_path, resume=True)
+
+
+def test_a_pair_that_a_divergence_parted_learns_from_each_other_again():
+    options = {"n_control_steps": 8, "horizon": 16, "diverge_above": 0.95}
+    with ShardRow(TOY, 4, options, 0) as shards:
+        env = ShardVecEnv(shards, paired_runs=4)
+        env.seed(3)
+        env.reset()
+        rewards, cut = [], []
+        for step in range(32):
+            actions = np.random.default_rng(step).uniform(-1, 1, (4, 2)) * 0.3
+            if step < 3:
+                actions[1, 0] = 1.0
+            _, reward, done, infos = env.step(actions)
+            rewards.append(reward)
+            cut.append([info.get("TimeLimit.truncated", False) for info in infos])
+            for info, over in zip(infos, done, strict=True):
+                if over:
+                    assert info["terminal_observation"].shape == env.observation_space.shape
+    assert np.any(cut, axis=0).tolist() == [False, True, False, False]
+    assert np.all(np.array(rewards)[8:] != 0)
+
+
+def test_a_training_whose_runs_diverge_goes_on_to_its_end(tmp_path):
+    hot = {**TOYS, "environment": {**TOYS["environment"]}}
+    hot["environment"]["options"] = {"n_control_steps": 6, "diverge_above": 0.7}
+    train(config(hot), tmp_path)
+    assert max(event.value for event in scalars(tmp_path)["rollout/diverged"]) > 0
+
+
+def test_too_little_to_learn_from_is_refused_in_words():
+    lonely = {**TOYS, "environment": {**TOYS["environment"], "n_envs": 1}}
+    settings = config(lonely, n_steps=1, paired_runs=1)
+    with build_shards(settings) as shards, pytest.raises(ConfigError, match="at least 2 control"):
+        build_ppo(settings, ShardVecEnv(shards))
 
 
 def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
