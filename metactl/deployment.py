@@ -45,6 +45,14 @@ def deployment(
     return trained.id, options | {k: v for k, v in changes.items() if v is not None}
 
 
+def kinds_of_runs(policy: Policy) -> list[dict[str, Any]]:
+    """By kind of run that a policy learned on: what it changes in the options."""
+    recipe = _recipe(policy)
+    variants = () if recipe is None else recipe.environment.variants
+    found = [{k: v for k, v in each.items() if k not in _TRAINING_ONLY} for each in variants]
+    return found or [{}]
+
+
 def n_training_runs(policy: Policy) -> int | None:
     """How many runs it took to train a policy; `None` if its card does not say."""
     recipe = _recipe(policy)

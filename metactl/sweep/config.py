@@ -116,7 +116,7 @@ class SweepConfig:
         space: By dotted key of the recipe (`"train"`), by option of the environment and `policy`
             (`"apply"`) or by knob (`"knobs"`): the values.
         samples: Draws for each combination of the grids.
-        n_tasks: Paired tasks by which a policy is scored.
+        n_tasks: Paired tasks by which a policy is scored, over all kinds of runs it learned on.
         mean_of: Of kind `"train"`: the policy that a sweep leaves acts as so many of its best do on
             average.
         resources: Of one trial.

@@ -3,9 +3,11 @@
 The text is that of meta-training: what a sweep chooses by, its winner's report must not see.
 """
 
+import math
+from dataclasses import replace
 from typing import Any
 
-from metactl.deployment import deployment
+from metactl.deployment import deployment, kinds_of_runs
 from metactl.evaluation import Results, play_arms, policy_arm, static_arm
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
@@ -31,6 +33,19 @@ def play_pair(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> R
         default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
         arms = [static_arm("default", default), policy_arm(policy, default)]
         return play_arms(shards, arms, config.n_tasks, config.seed)
+
+
+def play_kinds(config: SweepConfig, policy: Policy) -> Results:
+    """The same on every kind of run that a policy learned on, in equal shares: a policy chosen on
+    one kind may be poor on another.
+    """
+    kinds = kinds_of_runs(policy)
+    share = replace(config, n_tasks=math.ceil(config.n_tasks / len(kinds)))
+    played = [
+        play_pair(replace(share, seed=config.seed + i), policy, kind)
+        for i, kind in enumerate(kinds)
+    ]
+    return {arm: [run for pair in played for run in pair[arm]] for arm in played[0]}
 
 
 def gain(default: FloatArray, loss: FloatArray) -> dict[str, float]:

@@ -16,7 +16,7 @@ from metactl.policy import Policy
 from metactl.sweep.check import check_trials
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
 from metactl.sweep.result import read_result, write_result
-from metactl.sweep.score import gain, play_pair
+from metactl.sweep.score import gain, play_kinds, play_pair
 from metactl.sweep.searcher import placed
 from metactl.train import train
 
@@ -35,7 +35,8 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
 
     Returns:
         `score`: what the policy gains over default knobs, in nats per token on paired runs that no
-        trial trained on; its interval; and what the trial varied.
+        trial trained on, of every kind that this one learned on; its interval; and what the trial
+        varied.
     """
     folder = trial_folder(root, trial.name)
     done = read_result(folder)
@@ -47,9 +48,9 @@ def run_trial(config: SweepConfig, trial: Trial, root: Path, report: Report) -> 
     if trial.recipe is not None:
         begun = load_newest_checkpoint(folder / "checkpoints") is not None
         policy = train(trial.recipe, folder, resume=begun, report=report)
+        pair = play_kinds(config, policy)
     else:
-        policy = Policy.load(trial.policy)
-    pair = play_pair(config, policy, trial.options)
+        pair = play_pair(config, Policy.load(trial.policy), trial.options)
     default, loss = (column(pair[arm], "final_test") for arm in ("default", "policy"))
     result = {"trial": trial.name, "changes": trial.changes, **gain(default, loss)}
     write_result(folder, result)

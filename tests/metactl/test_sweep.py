@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from metactl.sweep.config import SweepConfig, plan, trial_folder
 from metactl.sweep.report import missing_members, write_report
 from metactl.sweep.result import RESULT, STOPPED, read_result
 from metactl.sweep.run import Outcome
+from metactl.sweep.score import play_kinds, play_pair
 from metactl.sweep.searcher import POINT, placed, require_searcher
 from metactl.sweep.trial import run_trial
 
@@ -352,6 +354,27 @@ def test_a_policy_is_scored_where_the_space_says(tmp_path):
         gain = result["default_loss"] - result["loss"]
         assert result["score"] == pytest.approx(gain)
         assert result["score_low"] <= result["score"] <= result["score_high"]
+
+
+def test_a_policy_is_scored_on_every_kind_of_run_that_it_learned_on(tmp_path):
+    config = sweep(tmp_path, {"seed": {"grid": [3]}})
+    (trial,) = plan(config)
+    run_trial(config, trial, tmp_path, ignore)
+    policy = Policy.load(trial_folder(tmp_path, trial.name) / "policy")
+    recipe = policy.card.training["config"]
+    kinds = [{}, {"d_model": 8, "disturb": 1.0}]
+    environment = {**recipe["environment"], "variants": kinds, "n_workers": 2}
+    training = {**policy.card.training, "config": {**recipe, "environment": environment}}
+    policy = Policy(replace(policy.card, training=training), policy.weights)
+    config = replace(config, n_tasks=5)
+    both = play_kinds(config, policy)
+    alone = [
+        play_pair(replace(config, n_tasks=3, seed=config.seed + i), policy, kind)
+        for i, kind in enumerate(({}, {"d_model": 8}))
+    ]
+    for arm, runs in both.items():
+        expected = [run.final_test for pair in alone for run in pair[arm]]
+        assert [run.final_test for run in runs] == expected
 
 
 # On Ray --------------------------------------------------------------------------------------
