@@ -51,6 +51,8 @@ class Options:
     """Where the picture goes, as PNG."""
     n_tasks: int = 32
     """Of the evaluation's tasks, the first."""
+    every: int = 1
+    """Of the policies from along the way, every so many-th; the first and the last are in."""
     set: list[str] = field(default_factory=lambda: ["compile=true"])
     """Options of the environment, as in the evaluation."""
     run_dir: Path | None = None
@@ -63,7 +65,7 @@ def main(options: Options) -> None:
         name: np.array(before["arms"][name]["final_test_per_task"][: options.n_tasks])
         for name in ("default", "best static", "per-task best static")
     }
-    policies = {training: kept_policies(training) for training in options.trainings}
+    policies = {training: kept_policies(training, options.every) for training in options.trainings}
     losses = _played(options, policies, before, held["default"])
     curves = []
     for training, kept in policies.items():
@@ -101,9 +103,10 @@ def main(options: Options) -> None:
         draw(options.figure, curves)
 
 
-def kept_policies(training: Path) -> dict[int, Policy]:
+def kept_policies(training: Path, every: int = 1) -> dict[int, Policy]:
     """By control steps, what a training kept along the way and what it ended with."""
-    kept = {int(folder.name): Policy.load(folder) for folder in (training / "policies").iterdir()}
+    folders = sorted((training / "policies").iterdir())[::every]
+    kept = {int(folder.name): Policy.load(folder) for folder in folders}
     last = Policy.load(training / "policy")
     kept[last.card.training["config"]["ppo"]["total_timesteps"]] = last
     return dict(sorted(kept.items()))
@@ -183,9 +186,11 @@ def draw(path: Path, curves: Sequence[dict[str, Any]]) -> None:
     steps = [point["control_steps"] for point in all_points[0]]
     found = [[p["gap_closed"]["estimate"] for p in points] for points in all_points]
     shares = np.array(found, dtype=np.float64)  # NaN where there is no gap
-    for curve, share in zip(curves, 100 * shares, strict=True):
-        axes.plot(steps, share, color="tab:blue", alpha=0.4, lw=1, marker=".")
-        axes.annotate(f"seed {curve['seed']}", (steps[-1], share[-1]), fontsize=7)
+    beside, lowest = 1.01 * steps[-1], -np.inf
+    for i in shares[:, -1].argsort():
+        axes.plot(steps, 100 * shares[i], color="tab:blue", alpha=0.4, lw=1, marker=".")
+        lowest = max(100 * shares[i, -1], lowest + 8)  # names of curves that end together
+        axes.text(beside, lowest, f"seed {curves[i]['seed']}", fontsize=7, va="center")
     axes.plot(steps, 100 * shares.mean(axis=0), color="tab:blue", lw=2.5, label="mean of trainings")
     axes.axhline(100, color="grey", lw=1, ls="--", label="best static setting for each task")
     axes.axhline(0, color="grey", lw=1, ls=":", label="best static setting")
