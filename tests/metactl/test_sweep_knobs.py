@@ -143,7 +143,7 @@ def test_a_takeover_is_kept_before_anything_else_is_done(begun):
         for name, value in of_source[0].items()
         if not value.nan_to_num().equal(at_8[0][name].nan_to_num())
     ]
-    assert apart == ["positions"]
+    assert apart == ["array/positions"]
 
 
 def test_after_a_stop_all_members_go_on_from_the_same_control_step(begun, caplog):
