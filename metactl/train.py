@@ -252,8 +252,9 @@ class _Keeper(BaseCallback):
         record("rollout/diverged", float(np.mean([info["diverged"] for info in self._ended])))
         for name in ("probe_loss", "train_loss", "relative_cost"):
             values = [info[name] for info in self._ended if name in info]
-            if values:
-                record(f"probe/final_{name}", float(np.nanmean(values)))
+            finite = [value for value in values if np.isfinite(value)]  # who diverged has others
+            if finite:
+                record(f"probe/final_{name}", float(np.mean(finite)))
         for name in (key for key in self._ended[0] if key.startswith("knob/")):
             record(f"{name}_final", float(np.mean([info[name] for info in self._ended])))
         if self.report is not None:
