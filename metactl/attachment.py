@@ -120,9 +120,7 @@ class Attachment:
 
     def note(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
         """Takes in one minibatch; both are one number."""
-        self._meter.add_loss(loss)
-        if gradient_norm is not None:
-            self._meter.correct_norm(gradient_norm)
+        self._meter.note(loss, gradient_norm)
 
     def step(self) -> Decision | None:
         """A decision, where a control step is due."""

@@ -54,6 +54,16 @@ class Meter:
             handle.remove()
         self._handles = []
 
+    def note(self, loss: Tensor | float, gradient_norm: Tensor | float | None) -> None:
+        """Takes in one minibatch; what fails is kept back, so that all processes hear of it."""
+
+        def look() -> None:
+            self.add_loss(loss)
+            if gradient_norm is not None:
+                self.correct_norm(gradient_norm)
+
+        self._kept_back(look)
+
     def add_loss(self, loss: Tensor | float) -> None:
         """Notes one minibatch's loss.
 
@@ -159,7 +169,7 @@ class Meter:
             self._kept_back(self._look_after)
 
     def _kept_back(self, look: Callable[[], None]) -> None:
-        """The step of the optimizer is its owner's: what fails in measuring it is raised later."""
+        """The training step is its owner's: what fails in measuring it is raised later."""
         try:
             with torch.no_grad():
                 look()
@@ -205,12 +215,8 @@ def require_number(name: str, value: Any) -> None:
         if value.numel() != 1:
             raise TypeError(f"{name} must be one number, got a tensor of {tuple(value.shape)}")
     elif not isinstance(value, int | float | np.number):
-        raise TypeError(
-            f"{name} must be one number, got {type(value).__name__}; "
-            f"where there are several losses, give the one that is minimised"
-            if name == "loss"
-            else f"{name} must be one number, got {type(value).__name__}"
-        )
+        advice = "; where there are several, give the one that is minimised" * (name == "loss")
+        raise TypeError(f"{name} must be one number, got {type(value).__name__}{advice}")
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:

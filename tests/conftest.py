@@ -69,3 +69,14 @@ def _waits():
 def waits():
     """Notes, on a CPU, operations by which a GPU and this process would wait for each other."""
     return _waits
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """A row of eight toys in this process."""
+    from toy_plant import N_DECISIONS, TOY
+
+    from metactl.shards import ShardRow
+
+    with ShardRow(TOY, 8, {"n_control_steps": N_DECISIONS}, 0) as row:
+        yield row

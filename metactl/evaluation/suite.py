@@ -176,12 +176,28 @@ def evaluate(
             results |= play_arms(shards, [there, bad], n, plan.seed, count)
     grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
     results = _select_static(results, grid_names, chosen_names)
-    explained = moves_explained_by_progress(results["policy"], knobs.names)
+    summary = {**_summary(policy, about, results), "n_tasks": n, "seed": plan.seed}
+    summary["grid_points"] = len(grid) + len(chosen)
+    if plan.disturbed:
+        best = results["best static"][0].positions[0]
+        arms = [
+            policy_arm(policy, default),
+            *rules,
+            static_arm("best static", best),
+            replay_arm(results["policy"], default),
+        ]
+        with closing(where.open(disturb=1.0)) as shards:
+            befallen = play_arms(shards, arms, n, plan.seed, count)
+        summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
+    return Evaluation(results=results, summary=summary)
+
+
+def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:
+    """What the undisturbed runs say of a policy, as JSON values."""
+    knobs, names = KnobSet(about["knobs"]).names, about["observation_names"]
+    explained = moves_explained_by_progress(results["policy"], knobs)
     best_setting = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
     summary = {
-        "n_tasks": n,
-        "grid_points": len(grid) + len(chosen),
-        "seed": plan.seed,
         "horizon": about["horizon"],
         "n_control_steps": about["n_control_steps"],
         **summarise(
@@ -191,24 +207,13 @@ def evaluate(
             names=names,
         ),
         "by_epochs": by_epochs(results, names),
-        "moves_explained_by_progress": dict(zip(knobs.names, explained.tolist(), strict=True)),
+        "moves_explained_by_progress": dict(zip(knobs, explained.tolist(), strict=True)),
         "best_static_setting": best_setting,
     }
     paid = n_training_runs(policy)
     if paid is not None:
         summary |= {"training_runs": paid, "break_even": break_even(summary, paid)}
-    if plan.disturbed:
-        start = results["best static"][0].positions[0]
-        arms = [
-            policy_arm(policy, default),
-            *rules,
-            static_arm("best static", start),
-            replay_arm(results["policy"], default),
-        ]
-        with closing(where.open(disturb=1.0)) as shards:
-            befallen = play_arms(shards, arms, n, plan.seed, count)
-        summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
-    return Evaluation(results=results, summary=summary)
+    return summary
 
 
 def _tuned_beforehand(

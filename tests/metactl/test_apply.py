@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_evaluation import N, resting_policy
+from test_evaluation import resting_policy
 from torch import nn
+from toy_plant import N_DECISIONS as N
 from toy_plant import TOY, ToyPlant
 
 from metactl.apply import apply_policy

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from toy_plant import TOY, ToyPlant
+from toy_plant import DEFAULT, TOY, ToyPlant
+from toy_plant import N_DECISIONS as N
 
 from metactl.config import ConfigError
 from metactl.controllers import BaseController, Plateau, Schedule, WithSignalsOf
@@ -49,15 +50,6 @@ from metactl.report import draw_runs
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
 from metactl.statistics import interquartile_mean, worst_decile
-
-N = 8
-DEFAULT = np.array([0.5, 0.5])
-
-
-@pytest.fixture(scope="module")
-def shards():
-    with ShardRow(TOY, 8, {"n_control_steps": N}, 0) as row:
-        yield row
 
 
 class Follow(BaseController):

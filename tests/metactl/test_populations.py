@@ -5,7 +5,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from toy_plant import TOY, ToyPlant
+from toy_plant import DEFAULT, TOY, ToyPlant
+from toy_plant import N_DECISIONS as N
 
 from metactl.controllers import BaseController, Static
 from metactl.env import ControlLoop
@@ -15,15 +16,6 @@ from metactl.evaluation.bandit import Stretch, promising
 from metactl.evaluation.pbt import Takeovers, perturbed, play_pbt
 from metactl.rollout import Trial, play
 from metactl.shards import ShardRow
-
-N = 8
-DEFAULT = np.array([0.5, 0.5])
-
-
-@pytest.fixture(scope="module")
-def shards():
-    with ShardRow(TOY, 8, {"n_control_steps": N}, 0) as row:
-        yield row
 
 
 def test_the_worst_members_go_on_from_the_best_with_changed_knobs():

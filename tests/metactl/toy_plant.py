@@ -15,6 +15,8 @@ from metactl.run import Diverged, Measurement, TrainingRun
 RATE = Knob(name="rate", low=0.0, high=1.0, default=0.5, max_move=4.0)
 WIDTH = Knob(name="width", low=1.0, high=16.0, default=4.0, scale="log2", max_move=4.0)
 NOISE = 0.05
+N_DECISIONS = 8  # of the row that tests share
+DEFAULT = np.array([0.5, 0.5])  # positions
 
 
 class ToyPlant(TrainingRun):
