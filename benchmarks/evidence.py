@@ -6,7 +6,8 @@
 
 A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
-`disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME).
+`disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME); or,
+with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json).
 """
 
 import json
@@ -30,6 +31,7 @@ _LABELS = {
     "plateau and gap rules": "plateau and gap rules together",
     "replay": "replay of the policy's mean trajectory",
     "yoked": "yoked: its moves in another run of the task",
+    "linear policy": "best linear policy (CMA-ES, on training tasks, 2688 runs)",
     "best schedule": "best schedule (CMA-ES, on training tasks)",
     "schedule told the data size": "best schedule that is told the data size",
     "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
@@ -51,7 +53,13 @@ _PLACES = {
     "960": "four times as long (960 steps)",
     "d64": "131 thousand parameters",
     "d128": "656 thousand parameters",
+    "d64_480": "131 thousand parameters, 480 steps",
 }
+_ROOM = (
+    "best static minus default",
+    "per-task best minus best static",
+    "best schedule minus best static",
+)
 
 
 def main(*, check: bool = False) -> int:
@@ -91,7 +99,7 @@ def _table(match: re.Match[str]) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = ROOT / "docs" / f"evaluation_{name}.json"
+    path = ROOT / "docs" / (f"{name}.json" if name == "headroom" else f"evaluation_{name}.json")
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
 
@@ -188,7 +196,32 @@ def _costs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _families(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """How far settings are apart, by family of tasks."""
+    header = ["family", "default", *_ROOM, "two runs apart"]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for family, room in found["families"].items():
+        differences = [interval_text(room[key]) if key in room else "" for key in _ROOM]
+        apart = f"{room['run_to_run']:.3f}"
+        rows.append([f"`{family}`", f"{room['default']:.3f}", *differences, apart])
+    return rows
+
+
+def _knobs(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """What one knob alone gains, by family of tasks."""
+    columns = ["best value minus default", "per-task best minus best value"]
+    rows = [["family", "knob", "best value", *columns], ["---", "---", *["---:"] * 3]]
+    for family, room in found["families"].items():
+        for knob, alone in room["knobs"].items():
+            differences = [interval_text(alone[column]) for column in columns]
+            label = knob.replace("_", " ")
+            rows.append([f"`{family}`", label, f"{alone['best_value']:.3g}", *differences])
+    return rows
+
+
 _KINDS = {
+    "families": _families,
+    "knobs": _knobs,
     "paired": _paired,
     "costs": _costs,
     "differences": _differences,

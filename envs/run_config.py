@@ -7,6 +7,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from envs.budget import BUDGETS
 from envs.disturbances import KINDS
 from envs.graph import has_compiler
 from envs.knobs import USUAL_KNOBS, knobs_of
@@ -32,6 +33,8 @@ class RunConfig:
         rotation: Rotation variants by name, joined by `+`, or fields (see `models.rotary`).
         batch_size: Sequences per optimizer step.
         horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
+        budget: What a run spends: `"steps"`, or `"flops"`: as many FLOPs as `horizon` steps take at
+            full width and span, so that cheaper knobs give more steps.
         unique_bytes: Range of the unique training data, in tokens, drawn log-uniformly.
         learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
             each run draws its own log-uniformly.
@@ -72,6 +75,7 @@ class RunConfig:
     rotation: str | dict[str, Any] = "rope"
     batch_size: int = 8
     horizon: int | tuple[int, int] = 400
+    budget: str = "steps"
     unique_bytes: tuple[int, int] = (1_500, 1_000_000)
     learning_rate: float | tuple[float, float] = 8e-3
     initial_scale: float | tuple[float, float] = 1.0
@@ -96,6 +100,13 @@ class RunConfig:
             raise ValueError(unknown_name("task", self.task, tuple(FAMILIES)))
         if self.data is not None and self.task != "text":
             raise ValueError(f"data is for task 'text'; task {self.task!r} makes its own")
+        if self.budget not in BUDGETS:
+            raise ValueError(unknown_name("budget", self.budget, BUDGETS))
+        if self.budget == "flops" and self.disturb:
+            raise ValueError(
+                f"disturb must be 0 with budget 'flops': disturbances are timed by optimizer "
+                f"steps, got {self.disturb}"
+            )
         if not self.disturbances:
             raise ValueError(f"disturbances must name some of {', '.join(KINDS)}, got none")
         for kind in self.disturbances:

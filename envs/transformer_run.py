@@ -1,6 +1,5 @@
 """Adaptive transformers that learn: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from envs.adamw import ReplicatedAdamW
+from envs.budget import Budget
 from envs.disturbances import Disturbances
 from envs.graph import Graph, fused, matmul_precision
 from envs.knobs import OPTIMIZER_KNOBS
@@ -30,6 +30,10 @@ _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
 _SCALE_STREAM = 6
 _TASK_ROWS = ("train_start", "train_tokens", "probe", "test")
+_SHOWN = (
+    *("train_loss", "train_loss_std", "gradient_norm"),
+    *("update_ratio_median", "update_ratio_max"),
+)
 _LATER = "later_"  # the task that a run switches to
 
 
@@ -73,7 +77,8 @@ class AdaptiveTransformerRun(TrainingRun):
         self.disturbances = Disturbances(config.disturbances, config.disturb, n_runs, self.device)
         self._knobs = config.chosen_knobs()
         self._allocate_rows()
-        self._budget = torch.ones((), dtype=torch.float64, device=self.device)
+        self._step_cost = self._cost()  # in force; written to, never replaced
+        self._budget = Budget(config.budget, self._full_cost(), self.device)
         self.draw_horizon(0)
         self._starts, self._training_loss = fuse(self._batch), fuse(self._loss_under_noise)
         record = partial(Graph, state=tuple(self._state().values())) if graphs else _as_it_is
@@ -121,7 +126,7 @@ class AdaptiveTransformerRun(TrainingRun):
     @horizon.setter
     def horizon(self, n_steps: int) -> None:
         self._horizon = n_steps
-        self._budget.fill_(n_steps)
+        self._budget.set_horizon(n_steps)
 
     def sample_task(self, seed: int, split: str = "meta_train") -> Task:
         return self.family.sample(seed, split)
@@ -179,29 +184,35 @@ class AdaptiveTransformerRun(TrainingRun):
         self.model.knobs.settle_gates(self._rows["step"] == 0)
 
     def advance(self, n_steps: int) -> Measurement:
-        cost, seen, ratios = self._cost(), [], []
-        for i in range(n_steps):
-            self.model.knobs.step_gates(1 / n_steps)
-            step = self._measured_step if i == n_steps - 1 else self._step
-            with matmul_precision(self.config.matmul_precision):
-                loss, norm, *ratios = step()
-            seen.append(torch.stack((loss, norm.to(loss))))  # a copy: the next step writes there
-        median, largest = torch.stack(ratios)
-        self._rows["flops"] += n_steps * cost
-        every = torch.stack(seen).double()  # [step, loss or norm, replica]
-        finite = torch.isfinite(every).all(0).all(0)
-        finite &= torch.isfinite(self.optimizer.values).all(1)
+        cost = self._cost()
+        self._step_cost.copy_(cost)
+        shares = self._budget.shares(n_steps, self._rows["flops"], cost)
+        seen: list[Tensor] = []  # by step, of all replicas
+        shown = torch.zeros(5, self.n_runs, dtype=torch.float64, device=self.device)
+        paused = []
+        for last, rows in shares:
+            while len(seen) < last:
+                self.model.knobs.step_gates(1 / n_steps)
+                step = self._measured_step if len(seen) == last - 1 else self._step
+                with matmul_precision(self.config.matmul_precision):
+                    loss, norm, *ratios = step()
+                seen.append(torch.stack((loss, norm.to(loss))))  # copied: a step writes there
+            losses, norms = torch.stack(seen).double()[:, :, rows].unbind(1)
+            spread = losses.std(0, unbiased=False)
+            own = [ratio[rows] for ratio in ratios]
+            shown[:, rows] = torch.stack((losses.mean(0), spread, norms.mean(0), *own))
+            if isinstance(rows, list) and last < shares[-1][0]:
+                paused.append((rows, self.state_dict(rows)))
+        for rows, state in paused:  # the others' steps were not theirs
+            self.load_state_dict(rows, state)
+        finite = torch.isfinite(shown[:3]).all(0) & torch.isfinite(self.optimizer.values).all(1)
         self._rows["diverged"] |= ~finite
         names = ("diverged", "step", "train_tokens", "flops")
         on_device = {
             **{name: self._rows[name] for name in names},
-            "train_loss": every[:, 0].mean(0),
-            "train_loss_std": every[:, 0].std(0, unbiased=False),
+            **dict(zip(_SHOWN, shown, strict=True)),
             "probe_loss": self._probe()[0],
-            "gradient_norm": every[:, 1].mean(0),
-            "update_ratio_median": median,
-            "update_ratio_max": largest,
-            "relative_cost": cost / self._default_cost(),
+            "relative_cost": cost / self._full_cost(),
         }
         packed = torch.stack([tensor.double() for tensor in on_device.values()])
         here = dict(zip(on_device, packed.cpu().numpy(), strict=True))
@@ -259,6 +270,7 @@ class AdaptiveTransformerRun(TrainingRun):
             measure=measure,
         )
         rows["step"] += 1
+        rows["flops"] += self._step_cost
         if ratios is None:
             return loss.detach(), norm
         return loss.detach(), norm, ratios.double().median(1).values, ratios.double().amax(1)
@@ -290,16 +302,15 @@ class AdaptiveTransformerRun(TrainingRun):
         self.disturbances.kick_(self.optimizer.values, step, seeds)
 
     def _learning_rate(self) -> Tensor:
-        """Linear warm-up, then cosine decay to `final_learning_rate` of the peak; multiplied."""
-        config = self.config
-        progress = self._rows["step"].double() / self._budget
-        warm_up = (config.warmup * self._budget).clamp(min=1.0)
-        warm = ((self._rows["step"] + 1) / warm_up.float()).clamp(max=1)
-        phase = ((progress - config.warmup) / (1 - config.warmup)).clamp(0, 1)
-        low = config.final_learning_rate
-        decay = low + (1 - low) * (1 + torch.cos(math.pi * phase)) / 2
-        rate = self._rows["peak"] * self._rows["learning_rate_multiplier"] * warm * decay
-        return rate * self.disturbances.rate(self._rows["step"]) if config.disturb else rate
+        rows, config = self._rows, self.config
+        rate = self._budget.learning_rate(
+            rows["peak"] * rows["learning_rate_multiplier"],
+            rows["step"],
+            rows["flops"],
+            warmup=config.warmup,
+            final=config.final_learning_rate,
+        )
+        return rate * self.disturbances.rate(rows["step"]) if config.disturb else rate
 
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
         if split not in ("probe", "test"):
@@ -322,7 +333,7 @@ class AdaptiveTransformerRun(TrainingRun):
         values = self.model.knobs.values()
         return self._flops(values["embedding_width"], values["attention_span"])
 
-    def _default_cost(self) -> float:
+    def _full_cost(self) -> float:
         return float(self._flops(1.0, float(self.config.context)))
 
     def _flops(self, width: float | Tensor, span: float | Tensor) -> Tensor:

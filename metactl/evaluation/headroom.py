@@ -39,7 +39,8 @@ def headroom(
         where: The environment.
         n_tasks: Paired tasks, each with two runs of every setting.
         grid_points: Static settings over all knobs, the default among them.
-        schedule_runs: Budget of the search for the best open-loop schedule; 0 leaves it out.
+        schedule_runs: Budget of the search for the best open-loop schedule, which begins at the
+            best static setting; 0 leaves it out.
         seed: Of tasks and runs.
         progress: Told about finished runs.
 
@@ -62,11 +63,12 @@ def headroom(
         count = Counter(total, progress)
         chosen_on = play_arms(shards, arms, n_tasks, seed, count)
         scored_on = play_arms(shards, repeated, n_tasks, seed, count)
+        best = _best_on_average(chosen_on, list(points))
         if schedule_runs:
             with closing(where.open(split="meta_train")) as training:
                 search = Search(
                     shards=training,
-                    positions=default,
+                    positions=points[best],
                     n_runs=schedule_runs,
                     seed=seed,
                     on_done=count,
@@ -77,7 +79,6 @@ def headroom(
     def setting(name: str) -> dict[str, float]:
         return {knob: float(v[0]) for knob, v in knobs.values(points[name][None]).items()}
 
-    best = _best_on_average(chosen_on, list(points))
     found: dict[str, Any] = {
         "n_tasks": n_tasks,
         "settings": len(points),

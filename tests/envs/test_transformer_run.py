@@ -70,9 +70,11 @@ def same_state(run, other, row, other_row=None):
 # Independence ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
-def test_a_run_depends_on_neither_its_row_nor_the_number_of_runs(start, feed_forward):
-    options = {"dtype": "float64", "feed_forward": feed_forward}
+@pytest.mark.parametrize(
+    "options", [{"feed_forward": "gelu"}, {"feed_forward": "swiglu"}, {"budget": "flops"}]
+)
+def test_a_run_depends_on_neither_its_row_nor_the_number_of_runs(start, options):
+    options = {"dtype": "float64", **options}
 
     def train(seeds):
         run = start(seeds, **options)
@@ -163,16 +165,17 @@ def test_one_non_finite_loss_in_the_middle_stays_flagged(start):
 # State ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("budget", ["steps", "flops"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_loaded_state_resumes_bit_identically_with_gates_in_motion(start, n):
+def test_a_loaded_state_resumes_bit_identically_with_gates_in_motion(start, n, budget):
     seeds = SEEDS[:n]
-    run = start(seeds)
+    run = start(seeds, budget=budget)
     run.apply(knobs_for(seeds))
     run.advance(4)
     run.apply({"embedding_width": np.full(n, 0.75)})
     run.model.knobs.step_gates(0.3)
     state = run.state_dict(range(n))
-    resumed = start([77] * n)
+    resumed = start([77] * n, budget=budget)
     resumed.load_state_dict(range(n), state)
     results = [r.advance(6) for r in (run, resumed)]
     for row in range(n):
@@ -430,6 +433,39 @@ def test_a_measurement_counts_tokens_flops_and_relative_cost(start):
     assert later.flops.tolist() == pytest.approx((3 * cost + 2 * run.cost()).tolist())
 
 
+def test_a_budget_of_flops_gives_cheaper_knobs_more_steps_and_no_other_losses(start):
+    narrow = {"embedding_width": np.array([0.5, 1.0, 0.25])}
+    run = start(SEEDS, budget="flops", horizon=20, dtype="float64")
+    full = run.cost()[0]
+    run.apply(narrow)
+    cost, shown = run.cost(), [run.advance(5) for _ in range(4)]
+    assert cost[2] < cost[0] < cost[1] == full
+    steps = shown[-1].tokens_seen / (4 * 16)
+    assert steps.tolist() == np.round(20 * full / cost).tolist()
+    assert shown[-1].flops.tolist() == pytest.approx((steps * cost).tolist())
+    for step in (1, 2, 3, 4):  # every control step ends where its share of the FLOPs does
+        spent = shown[step - 1].flops
+        assert np.abs(spent - 5 * step * full).max() <= cost.max() / 2
+    by_steps = start(SEEDS, horizon=20, dtype="float64")
+    by_steps.apply(narrow)
+    wanted = by_steps.advance(5)
+    for name in ("train_loss", "train_loss_std", "gradient_norm", "update_ratio_max"):
+        own, other = getattr(shown[0], name), getattr(wanted, name)
+        assert own[1] == pytest.approx(other[1], rel=1e-9) and own[0] != other[0], name
+
+
+def test_a_budget_of_flops_stretches_the_learning_rate_over_all_its_steps(start):
+    run = start([1, 2], budget="flops", horizon=40, learning_rate=0.5, warmup=0.25)
+    run.apply({"embedding_width": np.array([0.5, 1.0])})
+    seen = []
+    for _ in range(4):
+        run.advance(10)
+        seen.append(run._learning_rate().tolist())
+    narrow, full = np.array(seen).T
+    assert narrow == pytest.approx(full, rel=0.05)
+    assert full[-1] == pytest.approx(0.5 * 0.1)
+
+
 def test_horizons_are_drawn_from_their_range_by_seed(text):
     run = build_run(1, {**TINY, "data": text, "horizon": [50, 400]})
     horizons = []
@@ -454,6 +490,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
     ("options", "parts"),
     [
         ({"horizon": 0}, ("horizon", "0")),
+        ({"budget": "flop"}, ("budget", "'flop'", "steps, flops")),
+        ({"budget": "flops", "disturb": 0.3}, ("disturb", "0.3", "flops")),
         ({"horizon": (5, 2)}, ("horizon", "(5, 2)")),
         ({"learning_rate": 0.0}, ("learning_rate", "0.0")),
         ({"learning_rate": float("nan")}, ("learning_rate", "nan")),
