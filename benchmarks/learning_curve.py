@@ -138,7 +138,7 @@ def _played(
     """Test losses by training and control steps, `[n_tasks]`."""
     (first, *_) = (policy for kept in policies.values() for policy in kept.values())
     changes = {"horizon": before["horizon"], **dict(parse_assignment(s) for s in options.set)}
-    env_id, environment = deployment(first, **changes)
+    env_id, environment = deployment(first, changes)
     if options.run_dir is not None:
         options.run_dir.mkdir(parents=True, exist_ok=True)
     where = Where(

@@ -2,7 +2,7 @@
 
     python -m benchmarks.llama --policy default --json FILE
 
-A Llama of 2.4 million parameters learns bytes of the Python standard library, several times over,
+A Llama of 2.5 million parameters learns bytes of the Python standard library, several times over,
 from pieces that no policy was trained on. Arms: the defaults (no dropout), static values of
 dropout, RoPE base and learning rate, and the policy, attached as a user would, with all its knobs
 and without the learning rate. Seeds are paired: text, weights and batches are the same in every

@@ -7,6 +7,7 @@ from metactl.knobs import Knob, unknown_name
 from models import TransformerConfig
 
 USUAL_KNOBS = ("rope_base", "attention_span", "embedding_width", "dropout")
+_WEIGHT_RANGE = (1e-3, 10.0)  # of the orthogonality weight, as a knob
 OPTIMIZER_KNOBS = ("learning_rate_multiplier", "weight_decay")
 
 
@@ -15,7 +16,8 @@ def knobs_of(
 ) -> tuple[Knob, ...]:
     """The named knobs, with the recipe's values as defaults.
 
-    A base where no position turns is left out; any other knob that would move nothing is refused.
+    A base that would move nothing (where no position turns, or one pair alone: base^0 is 1) is left
+    out; any other such knob is refused.
 
     Args:
         shape: The transformer.
@@ -24,8 +26,10 @@ def knobs_of(
         weight_decay: And its weight decay.
 
     Raises:
-        ValueError: For an unknown name, or a knob that this rotation does not have.
+        ValueError: For an unknown name, a knob that this rotation does not have, a default outside
+            the knob's range, or if no knob is left.
     """
+    names = tuple(names)
     known = {knob.name: knob for knob in _all_knobs(shape, default_dropout, weight_decay)}
     rotary = shape.rotary
     missing = {
@@ -34,7 +38,15 @@ def knobs_of(
         "orthogonality_weight": None if rotary.orthogonal == "free" else "a free matrix",
     }
     chosen = []
+    turning = shape.head_dim if rotary.polar else rotary.rotary_channels(shape.head_dim)
+    base_matters = rotary.positions == "rope" and turning > (0 if rotary.polar else 2)
+    weight, (low, high) = rotary.orthogonality_weight, _WEIGHT_RANGE
     for name in names:
+        if name == "orthogonality_weight" and rotary.orthogonal and not low <= weight <= high:
+            raise ValueError(
+                f"knob 'orthogonality_weight' needs one in [{low:g}, {high:g}] to start from, "
+                f"got {weight:g}"
+            )
         if name == "weight_decay" and not weight_decay > 0:
             raise ValueError("knob 'weight_decay' needs a weight_decay above 0 to start from")
         if name not in known:
@@ -43,8 +55,11 @@ def knobs_of(
             raise ValueError(
                 f"knob {name!r} needs {missing[name]}, and rotation {shape.rotation!r} has none"
             )
-        if name != "rope_base" or rotary.positions == "rope":
+        if name != "rope_base" or base_matters:
             chosen.append(known[name])
+    if not chosen:
+        left = " that moves something (a base does not, where nothing turns)" * bool(names)
+        raise ValueError(f"knobs must name at least one knob{left}, got {list(names)}")
     return tuple(chosen)
 
 
@@ -58,9 +73,13 @@ def _all_knobs(
         "dropout": default_dropout,
         "position_scale": 1.0,
         "rotation_strength": 1.0,
-        "orthogonality_weight": min(max(shape.rotary.orthogonality_weight, 1e-3), 10.0),
+        "orthogonality_weight": _within(shape.rotary.orthogonality_weight, *_WEIGHT_RANGE),
     }
     ranges = shape.knob_ranges()
     of_model = (Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())
     decay = (weight_decay_knob(weight_decay),) if weight_decay > 0 else ()
     return (*of_model, LearningRateKnob.knob, *decay)
+
+
+def _within(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

@@ -1,6 +1,7 @@
 """What Gymnasium calls to build the environments of this package."""
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ def _require_own_models() -> None:
 _require_own_models()
 
 from envs.transformer_run import AdaptiveTransformerRun, RunConfig, build_run  # noqa: E402
+from metactl.config import ConfigError  # noqa: E402
 from metactl.env import TrainingRunEnv, TrainingRunVectorEnv  # noqa: E402
 from metactl.episodes import ControlConfig, split_options  # noqa: E402
+from metactl.knobs import unknown_name  # noqa: E402
 
 __all__ = ["AdaptiveTransformerRun", "RunConfig", "make_environment", "make_vector_environment"]
 
@@ -43,6 +46,10 @@ def make_vector_environment(
 
 
 def _built(n_runs: int, options: dict[str, Any]) -> tuple[AdaptiveTransformerRun, ControlConfig]:
+    known = [field.name for kind in (RunConfig, ControlConfig) for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(unknown_name("option", name, known))
     run_options, control = split_options(options)
     run = build_run(n_runs, run_options)
     if run.config.horizon_range[0] < control.n_control_steps:  # a draw would stop a training

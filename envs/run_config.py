@@ -114,7 +114,10 @@ class RunConfig:
                 raise ValueError(unknown_name("disturbance", kind, KINDS))
         first, last = self.horizon_range
         if not 1 <= first <= last:
-            raise ValueError(f"horizon must be at least 1 optimizer step, got {self.horizon}")
+            raise ValueError(
+                f"horizon must be at least 1 optimizer step, low <= high in a range, "
+                f"got {self.horizon}"
+            )
         for name in ("learning_rate", "initial_scale"):
             low, high = as_range(getattr(self, name))
             if not 0 < low <= high < math.inf:
@@ -131,6 +134,11 @@ class RunConfig:
             raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
         if self.context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {self.context}")
+        highest = self.transformer().knob_ranges()["dropout"]["high"]
+        if not 0 <= self.default_dropout <= highest:
+            raise ValueError(
+                f"default_dropout must be in [0, {highest}], got {self.default_dropout}"
+            )
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be in [0, 1), got {self.beta2}")
         for name in ("final_learning_rate", "disturb"):

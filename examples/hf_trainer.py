@@ -1,6 +1,6 @@
 """A Hugging Face Trainer under a policy: one callback.
 
-python examples/hf_trainer.py default [act|shadow|off]
+python examples/hf_trainer.py [default [act|shadow|off]]
 """
 
 import sys
@@ -30,7 +30,7 @@ model = transformers.LlamaForCausalLM(
     )
 )
 callback = MetaControlCallback(
-    sys.argv[1],
+    sys.argv[1] if len(sys.argv) > 1 else "default",
     mode=sys.argv[2] if len(sys.argv) > 2 else "act",
     probe=lambda: model(held_out, labels=held_out).loss,
     tokens_per_step=BATCH * CONTEXT,

@@ -1,6 +1,6 @@
 """A Lightning run under a policy: one callback.
 
-python examples/lightning_module.py default [act|shadow|off]
+python examples/lightning_module.py [default [act|shadow|off]]
 """
 
 import sys
@@ -38,7 +38,7 @@ class Model(lightning.LightningModule):
 torch.manual_seed(0)
 model = Model()
 callback = MetaControlCallback(
-    sys.argv[1],
+    sys.argv[1] if len(sys.argv) > 1 else "default",
     mode=sys.argv[2] if len(sys.argv) > 2 else "act",
     probe=lambda: model.training_step(held_out),
     tokens_per_step=BATCH * CONTEXT,

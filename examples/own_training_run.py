@@ -1,6 +1,6 @@
 """Meta-train on a training run of one's own, then see what the policy does.
 
-python examples/own_training_run.py RUN_DIR
+python examples/own_training_run.py [RUN_DIR]
 """
 
 import sys
@@ -20,7 +20,7 @@ environment = EnvironmentConfig(id="tracking_plant:Tracking-v0", n_workers=0)
 config = TrainConfig(
     environment=environment, ppo=PPOConfig(total_timesteps=16 * 40 * 12, batch_size=64)
 )
-policy = train(config, Path(sys.argv[1]))
+policy = train(config, Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own"))
 loop = ControlLoop(Tracking(16), ControlConfig())
 episodes = [loop.draw_episode(99, index) for index in range(16)]  # not seen in training
 for name, controller in (("default", Static()), ("policy", Learned(policy))):

@@ -1,6 +1,6 @@
 """A plain training loop under a policy.
 
-python examples/plain_pytorch.py default [act|shadow|off]
+python examples/plain_pytorch.py [default [act|shadow|off]]
 """
 
 import sys
@@ -34,7 +34,7 @@ model = nn.Sequential(
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 probe_batch = batch(held_out, torch.Generator().manual_seed(1))
 
-controller = metactl.Controller.from_pretrained(sys.argv[1])
+controller = metactl.Controller.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "default")
 controller.attach(
     model,
     optimizer,

@@ -74,6 +74,11 @@ class Controller:
             if n_control_steps is None:
                 n_control_steps = controller.card.n_control_steps
             controller = Learned(controller)
+        if not isinstance(controller, BaseController):
+            raise TypeError(
+                f"controller must be a policy or a controller, got {controller!r}; a policy's "
+                f"folder or name is for Controller.from_pretrained"
+            )
         self.n_control_steps = 40 if n_control_steps is None else n_control_steps
         if not (is_number(self.n_control_steps, Integral) and self.n_control_steps >= 2):
             raise ValueError(
@@ -81,6 +86,7 @@ class Controller:
             )
         self.controller, self.strict = controller, strict
         self._run: Attachment | None = None
+        self._warned = False
         self._attached = False  # also in mode "off", where there is no run
 
     @property
@@ -194,6 +200,9 @@ class Controller:
             TypeError: If one of them is not one number.
         """
         if self._run is None:
+            if not self._attached and not self._warned:
+                self._warned = True
+                logger.warning("metactl: step before attach: nothing is controlled")
             return None
         require_number("loss", loss)
         if gradient_norm is not None:

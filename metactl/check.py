@@ -1,11 +1,9 @@
 """Checks somebody's own `TrainingRun` or environment against the contract, in words."""
 
 import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -61,6 +59,12 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
             raise
         raise ConfigError(f"{target} does not take {', '.join(options)}: {error}") from error
     except gymnasium.error.Error as error:
+        spec = gymnasium.registry.get(target.rpartition(":")[2])
+        if spec is not None and spec.entry_point is None:
+            raise ConfigError(
+                f"{target!r} has a vector_entry_point alone, which cannot be checked; check the "
+                f"class of its TrainingRun: MODULE:CLASS"
+            ) from error
         raise ConfigError(f"No environment {target!r}: {error}") from error
     findings = list(check_environment(env))
     if isinstance(env, TrainingRunEnv):
@@ -69,9 +73,6 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
 
 
 def _import(name: str) -> Any:
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)  # a user's own module lies where the user stands
     try:
         return importlib.import_module(name)
     except Exception as error:  # it may do anything

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         Check: _check,
         Demo: _demo,
     }
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # a user's own module lies where the user stands
     try:
         code = runners[type(command)](command)
     except KeyboardInterrupt:
@@ -139,14 +140,14 @@ def _apply(command: Apply) -> int:
     from metactl.rundir import discard_if_refused, open_run_directory, write_json
 
     policy = Policy.load(command.policy)
-    _require_at_least(command, n_runs=1, sample=0, seed=0)
+    _require_at_least(command, n_runs=1, sample=0, seed=0, optimizer_steps=1)
     shape = ("d_model", "n_layers", "n_heads", "context", "rotation")
     flags = (*shape, "batch_size", "learning_rate", "device")
     changes = {name: getattr(command, name) for name in flags}
     changes["horizon"] = command.optimizer_steps
     if command.unique_bytes is not None:
         changes["unique_bytes"] = [command.unique_bytes, command.unique_bytes]
-    env_id, options = deployment(policy, data=command.data, whole=True, **changes)
+    env_id, options = deployment(policy, changes, data=command.data, whole=True)
     record = {
         "environment": {"id": env_id, "options": options},
         "policy": str(find_policy(command.policy).resolve()),
@@ -193,9 +194,11 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.shards import default_workers
 
     _require_at_least(command, n_tasks=2, grid=1, n_envs=1, n_workers=-1, seed=0)
-    _require_at_least(command, schedule_runs=0, linear_runs=0)
+    _require_at_least(command, schedule_runs=0, linear_runs=0, optimizer_steps=1)
     if command.headroom:
         _require_headroom_options(command)
+    elif command.families != Evaluate.families:
+        raise ConfigError("--families is of --headroom: name another task by --set task=")
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
@@ -218,7 +221,9 @@ def _evaluate(command: Evaluate) -> int:
     )
     flags = {"horizon": command.optimizer_steps, "rotation": command.rotation}
     changes = flags | dict(parse_assignment(text) for text in command.set)
-    env_id, options = deployment(policy, data=command.data, **changes)
+    if "data" in changes:
+        raise ConfigError("--set data: give it by --data")
+    env_id, options = deployment(policy, changes, data=command.data)
     workers = default_workers() if command.n_workers < 0 else command.n_workers
     kept = None if command.run_dir is None else _folder_of_runs(command.run_dir)
     where = Where(
@@ -249,22 +254,23 @@ def _folder_of_runs(run_dir: Path) -> Path:
 
 
 def _require_headroom_options(command: Evaluate) -> None:
-    for flag in ("update_card", "figure", "rival"):
+    for flag in ("update_card", "figure", "rival", "static", "linear_runs"):
         if getattr(command, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
+    if command.suite != "quick":
+        raise ValueError(f"--suite {command.suite} is about a policy, --headroom is not")
     if not command.families:
         raise ValueError("--families needs at least one family, got none")
 
 
 def _headroom(command: Evaluate, where: "Where") -> int:
-    from metactl.evaluation import headroom
+    from metactl.evaluation import by_family, headroom
     from metactl.progress import bar, console
     from metactl.report import headroom_table, knob_headroom_table
     from metactl.rundir import write_json
 
     found = {}
-    for family in command.families:
-        place = replace(where, options={**where.options, "task": family})
+    for family, place in by_family(where, command.families).items():
         with bar(f"Room in {family}") as progress:
             found[family] = headroom(
                 place,
@@ -374,7 +380,7 @@ def _demo(command: Demo) -> int:
 def _require_at_least(command: Any, **least: int) -> None:
     for flag, low in least.items():
         value = getattr(command, flag)
-        if value < low:
+        if value is not None and value < low:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {low}, got {value}")
 
 

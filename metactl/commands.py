@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+
+def _by_default(what: str) -> Any:
+    """What the help says instead of a default of None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +20,8 @@ class Train:
     """New directory for the policy, TensorBoard files, checkpoints and the resolved config."""
     config: str | None = None
     """YAML file, or the name of a packaged recipe such as 'train' or 'demo'."""
-    data: Path | None = None
-    """File or folder of text to train on (default: the Python standard library's sources)."""
+    data: Annotated[Path | None, _by_default("the Python standard library's sources")] = None
+    """File or folder of text to train on."""
     rotation: str | None = None
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     total_timesteps: int | None = None
@@ -31,8 +36,8 @@ class Train:
     """The same as --n-workers."""
     gpus_per_shard: float | None = None
     """GPUs, or a share of one, of each Ray actor."""
-    address: str | None = None
-    """Of the Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
+    address: Annotated[str | None, _by_default("RAY_ADDRESS, else one on this machine")] = None
+    """Of the Ray cluster."""
     seed: int | None = None
     """Determines tasks, runs and learning."""
     resume: bool = False
@@ -49,10 +54,10 @@ class Apply:
     """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
     run_dir: Path
     """New directory for the trained models, losses, figure and TensorBoard files."""
-    data: Path | None = None
-    """File or folder of text to learn (default: the Python standard library's sources)."""
-    optimizer_steps: int | None = None
-    """Optimizer steps per run (default: as in the policy's training)."""
+    data: Annotated[Path | None, _by_default("the Python standard library's sources")] = None
+    """File or folder of text to learn."""
+    optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
+    """Optimizer steps per run."""
     d_model: int | None = None
     """Channels of the transformer."""
     n_layers: int | None = None
@@ -65,8 +70,10 @@ class Apply:
     """Sequences per optimizer step."""
     learning_rate: float | None = None
     """Peak learning rate."""
-    unique_bytes: int | None = None
-    """Bytes of training data (default: all of --data, or drawn as in the policy's training)."""
+    unique_bytes: Annotated[
+        int | None, _by_default("all of --data, or as in the policy's training")
+    ] = None
+    """Bytes of training data."""
     rotation: str | None = None
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     device: str | None = None
@@ -95,14 +102,14 @@ class Evaluate:
     """Also write the figures into the policy's own card."""
     figure: Path | None = None
     """Draw losses and knobs of some tasks here, as PNG."""
-    data: Path | None = None
-    """File or folder of text (default: what the policy was trained on, its held-out part)."""
+    data: Annotated[Path | None, _by_default("held-out part of what it was trained on")] = None
+    """File or folder of text."""
     suite: Literal["quick", "full"] = "quick"
     """full: also PBT, single signals swapped, single knobs, tuning beforehand, disturbed runs."""
     headroom: bool = False
     """Instead of the policy: how far static settings and schedules are apart, by task family."""
-    families: tuple[str, ...] = ("text", "recall", "digits", "waves")
-    """Task families of --headroom."""
+    families: tuple[str, ...] = ("text", "recall", "waves")
+    """Task families of --headroom; there is also 'digits', with --set context=64."""
     n_tasks: int = 32
     """Paired held-out tasks."""
     grid: int = 16
@@ -116,8 +123,8 @@ class Evaluate:
     how much data a task has."""
     linear_runs: int = 0
     """Also search the best linear policy on the same signals, as PPO's rival (0: no search)."""
-    optimizer_steps: int | None = None
-    """Optimizer steps per run (default: as in the policy's training)."""
+    optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
+    """Optimizer steps per run."""
     rotation: str | None = None
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -138,8 +145,8 @@ class Sweep:
     """Directory of the sweep, on a cluster one that all nodes see; what was stopped goes on."""
     config: str = "sweep"
     """YAML file, or the name of a packaged sweep: sweep, sweep_default, sweep_apply, sweep_pbt."""
-    address: str | None = None
-    """Of a Ray cluster (default: RAY_ADDRESS, else one is started on this machine)."""
+    address: Annotated[str | None, _by_default("RAY_ADDRESS, else one on this machine")] = None
+    """Of a Ray cluster."""
     rotation: str | None = None
     """Rotation variant of all trials, several joined by +, e.g. givens+t5 (docs/rotations.md)."""
     dry_run: bool = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -168,7 +168,7 @@ def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, An
         ConfigError: For an unreadable file, an unknown key or a value out of range.
     """
     values: dict[str, Any] = {} if path is None else _read_yaml(Path(path))
-    source = str(path) if path is not None else "the flags"
+    source = "the flags" if path is None else f"{path} with the flags" if changes else str(path)
     _put(values, changes, source)
     return parse(kind, values, source)
 
@@ -196,6 +196,8 @@ def _put(values: dict[str, Any], changes: Mapping[str, Any], source: str) -> Non
 
 def parse(kind: type[T], values: Mapping[str, Any], source: str) -> T:
     """Validates plain values; errors name the key, the file and what was received."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: a configuration must hold keys and values, got {values!r}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
@@ -239,7 +241,8 @@ def _first_error(kind: type, error: ValidationError) -> str:
 
 def _known_keys(kind: Any, path: list[str]) -> list[str]:
     for part in path:
-        kind = kind.__dataclass_fields__[part].type
+        of_mapping = get_args(kind) if get_origin(kind) is dict else ()
+        kind = of_mapping[1] if of_mapping else kind.__dataclass_fields__[part].type
     return list(kind.__dataclass_fields__)
 
 

@@ -109,7 +109,7 @@ def _same_size(policy: Policy, plan: DemoPlan, progress: Progress) -> Evaluation
 
 def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any]:
     """The policy and the default setting on a shape that training never saw."""
-    env_id, options = deployment(policy, d_model=plan.d_model, n_layers=plan.n_layers)
+    env_id, options = deployment(policy, {"d_model": plan.d_model, "n_layers": plan.n_layers})
     n_envs = max(1, plan.n_larger_tasks // 2)
     done = 0
 

@@ -1,5 +1,6 @@
 """Where a policy is put to work: the environment it was trained in, on what it never saw."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ _EVERYTHING = 1 << 40  # bytes; cut to what the data has
 
 
 def deployment(
-    policy: Policy, *, data: Path | None = None, whole: bool = False, **changes: Any
+    policy: Policy,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    data: Path | None = None,
+    whole: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """Environment id and options of new runs for a policy.
 
@@ -20,9 +25,9 @@ def deployment(
 
     Args:
         policy: Its card says where it was trained.
+        changes: Options that differ from training; a value of `None` changes nothing.
         data: File or folder of other text.
         whole: Learn all of `data` in every run, instead of pieces as in training.
-        changes: Options that differ from training; `None` changes nothing.
 
     Raises:
         PolicyError: If the card does not say where the policy was trained.
@@ -42,7 +47,7 @@ def deployment(
         options["data"] = resolved
         if whole:
             options["unique_bytes"] = [_EVERYTHING, _EVERYTHING]
-    return trained.id, options | {k: v for k, v in changes.items() if v is not None}
+    return trained.id, options | {k: v for k, v in (changes or {}).items() if v is not None}
 
 
 def kinds_of_runs(policy: Policy) -> list[dict[str, Any]]:

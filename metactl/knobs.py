@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -144,6 +144,9 @@ class KnobSet:
 
     def __len__(self) -> int:
         return len(self.knobs)
+
+    def __iter__(self) -> Iterator[Knob]:
+        return iter(self.knobs)
 
     def __getitem__(self, name: str) -> Knob:
         if name not in self.names:

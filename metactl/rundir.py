@@ -64,8 +64,8 @@ def open_run_directory(
     if held:
         if not resume:
             raise RunDirectoryError(
-                f"Run directory {str(path)!r} already holds a run; choose another, or go on with "
-                f"--resume if this command can"
+                f"Run directory {str(path)!r} already holds a run; choose another"
+                + ", or go on with --resume" * (kind == "train")
             )
         _require_same(record, kind, config)
         _lock(path)

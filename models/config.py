@@ -14,6 +14,7 @@ from models.rotary.component import Shape
 from models.rotary.config import RotationConfig, parse_rotation
 from models.rotary.frequencies import useful_base
 
+LARGEST_BASE = 1e9
 FEED_FORWARDS = ("gelu", "swiglu")
 
 
@@ -51,12 +52,11 @@ class TransformerConfig:
     span_ramp: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "context"):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "context", "d_ff"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not ((whole and value >= 1) or (name == "d_ff" and value is None)):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.d_ff is not None and self.d_ff < 1:
-            raise ValueError(f"d_ff must be at least 1, got {self.d_ff}")
         if self.feed_forward not in FEED_FORWARDS:
             known = ", ".join(FEED_FORWARDS)
             raise ValueError(f"feed_forward must be one of {known}, got {self.feed_forward!r}")
@@ -65,8 +65,8 @@ class TransformerConfig:
                 f"d_model / n_heads must be an even whole number (rotations act on pairs), "
                 f"got d_model={self.d_model}, n_heads={self.n_heads}"
             )
-        if not 1 < self.rope_base < math.inf:
-            raise ValueError(f"rope_base must be above 1 and finite, got {self.rope_base}")
+        if not 1 < self.rope_base <= LARGEST_BASE:
+            raise ValueError(f"rope_base must be in (1, {LARGEST_BASE:g}], got {self.rope_base}")
         if self.span_ramp is not None and not 0 < self.span_ramp < math.inf:
             raise ValueError(f"span_ramp must be above 0 tokens and finite, got {self.span_ramp}")
         self._check_width_levels()
@@ -80,6 +80,9 @@ class TransformerConfig:
             )
 
     def _check_width_levels(self) -> None:
+        if not isinstance(self.width_levels, tuple | list):
+            raise ValueError(f"width_levels must be a list of numbers, got {self.width_levels!r}")
+        object.__setattr__(self, "width_levels", tuple(self.width_levels))  # as JSON gives them
         levels = self.width_levels
         increasing = all(a < b for a, b in pairwise(levels))
         if not levels or levels[-1] != 1 or levels[0] <= 0 or not increasing:
@@ -87,10 +90,12 @@ class TransformerConfig:
         for name in ("n_heads", "hidden_units"):
             full = getattr(self, name)
             for level in levels:
-                if not math.isclose(full * level, round(full * level), abs_tol=1e-9):
+                if not _is_whole(full * level):
+                    fitting = (n for n in range(1, 101) if all(_is_whole(n * x) for x in levels))
+                    advice = next((f", such as a multiple of {n}" for n in fitting), "")
                     raise ValueError(
-                        f"width level {level} leaves {full * level:g} of {full} {name}: "
-                        f"every level must leave a whole number"
+                        f"{name}={full}: width level {level} leaves {full * level:g} of them, and "
+                        f"every level must leave a whole number{advice}"
                     )
 
     @property
@@ -133,8 +138,8 @@ class TransformerConfig:
     def knob_ranges(self) -> dict[str, dict[str, Any]]:
         """Where a controller may move each knob: the fields of a `Knob`, all but its default.
 
-        A base of a quarter of the context is the smallest: then the slowest pair, whose wavelength
-        is 2 pi times the base, just does not come round within the context.
+        A base of a quarter of the context is the smallest: then the slowest pair of a large head,
+        whose wavelength is nearly 2 pi times the base, just does not come round within the context.
         """
         levels = self.width_levels
         return {
@@ -145,7 +150,7 @@ class TransformerConfig:
                 "unit": "base",
             },
             "attention_span": {
-                "low": min(4.0, self.context / 2),
+                "low": max(1.0, min(4.0, self.context / 2)),
                 "high": float(self.context),
                 "scale": "log2",
                 "unit": "tokens",
@@ -166,3 +171,7 @@ class TransformerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _is_whole(number: float) -> bool:
+    return round(number) >= 1 and math.isclose(number, round(number), abs_tol=1e-9)

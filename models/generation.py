@@ -37,6 +37,8 @@ def generate(
     Raises:
         ValueError: For an empty prompt or a number out of range.
     """
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must have shape [replica, batch, seq], got {list(tokens.shape)}")
     if tokens.shape[2] < 1:
         raise ValueError("tokens must hold at least one token per sequence to continue, got 0")
     if not temperature >= 0:

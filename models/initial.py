@@ -13,8 +13,8 @@ def draw_weights(
 ) -> list[list[Tensor]]:
     """By replica, a value of every parameter, on the CPU.
 
-    GPT-2's scheme: normal with deviation 1/sqrt(fan in), projections back into the residual
-    stream smaller by 1/sqrt(2 n_layers); norms are one.
+    Normal with deviation 1/sqrt(fan in), and as in GPT-2 smaller by 1/sqrt(2 n_layers) where a
+    projection leads back into the residual stream; the embedding has a deviation of 1, norms are 1.
 
     Args:
         parameters: By name, `[replica, ...]`.

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import causal_distance, span_log_weight
-from models.config import TransformerConfig
+from models.config import LARGEST_BASE, TransformerConfig
 from models.device import brought
 from models.width import level_of_channel, nearest_level, stepped_gates
 
@@ -101,7 +102,7 @@ class Knobs(nn.Module):
     def bounds(self, name: str) -> tuple[float, float]:
         """Smallest and largest value that is accepted."""
         ranges = {
-            "rope_base": (1.0, 1e9),
+            "rope_base": (1.0, LARGEST_BASE),
             "attention_span": (1.0, float(self.config.context)),
             "embedding_width": (0.0, 1.0),
             "dropout": (0.0, 0.95),
@@ -115,12 +116,14 @@ class Knobs(nn.Module):
 
     def assign(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets values in place; see `AdaptiveTransformer.set_knobs`."""
-        index = torch.tensor(
-            list(range(self.n_replicas) if rows is None else rows), dtype=torch.int64
-        )
+        index = self._index(rows)
         stored: dict[str, Tensor] = {}
         for name, value in values.items():  # on the CPU, and all before any is written
-            tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device="cpu")
+            self.bounds(name)  # refuses a name that is none
+            try:
+                tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{name} must be numbers, got {value!r}") from None
             stored |= self._stored(name, self._per_row(name, tensor, len(index)), index)
         device = self.gates.device
         for buffer, value in stored.items():
@@ -130,9 +133,19 @@ class Knobs(nn.Module):
                 getattr(self, buffer)[brought(index, device)] = brought(value, device)
         self.refresh(set(values))
 
+    def _index(self, rows: Sequence[int] | None) -> Tensor:
+        if rows is None:
+            return torch.arange(self.n_replicas)
+        chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+        for row in chosen:
+            whole = isinstance(row, Integral) and not isinstance(row, bool)
+            if not whole or not 0 <= row < self.n_replicas:
+                raise ValueError(f"rows must be indices below {self.n_replicas}, got {row!r}")
+        return torch.tensor(chosen, dtype=torch.int64)
+
     def _per_row(self, name: str, value: Tensor, n_rows: int) -> Tensor:
         """A value for each row, shaped like the knob's buffer (bases may differ by layer)."""
-        shape = getattr(self, _BUFFERS.get(name, name)).shape[1:] if name in KNOB_NAMES else ()
+        shape = getattr(self, _BUFFERS.get(name, name)).shape[1:]
         trailing = 0 if value.dim() <= 1 else value.dim() - 1
         value = value.view(*value.shape, *(1,) * (len(shape) - trailing)) if value.dim() else value
         try:

@@ -1,8 +1,9 @@
-"""Deployment at the width in force: a model without what is inactive."""
+"""Deployment at the width in force: a model without what is inactive, or what can be folded."""
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,24 @@ def shrunk_config(config: TransformerConfig, top: int) -> TransformerConfig:
         top: Index of the level.
     """
     share = config.width_levels[top]
+    return _changed(
+        config,
+        d_model=round(config.d_model * share),
+        n_heads=round(config.n_heads * share),
+        d_ff=round(config.hidden_units * share),
+        width_levels=tuple(level / share for level in config.width_levels[: top + 1]),
+    )
+
+
+def folded_config(config: TransformerConfig) -> TransformerConfig:
+    """The shape without the static matrices of its rotation."""
+    return _changed(config, rotation=config.rotary.without_static_matrices())
+
+
+def _changed(config: TransformerConfig, **changes: Any) -> TransformerConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say of the base was said before
-        return replace(
-            config,
-            d_model=round(config.d_model * share),
-            n_heads=round(config.n_heads * share),
-            d_ff=round(config.hidden_units * share),
-            width_levels=tuple(level / share for level in config.width_levels[: top + 1]),
-        )
+        return replace(config, **changes)
 
 
 def active_parameters(

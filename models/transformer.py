@@ -1,13 +1,13 @@
-"""The adaptive transformer: N replicas in one tensor program, four knobs that move in flight."""
+"""The adaptive transformer: N replicas in one tensor program, knobs that move in flight."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from models import shrink
 from models.cache import KeyValueCache
 from models.config import TransformerConfig
 from models.device import brought
@@ -18,7 +18,6 @@ from models.knobs import Knobs
 from models.layers import Pass, attention, drop, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
 from models.rotary import Rotary, fold
-from models.shrink import active_knobs, active_parameters, common_level, shrunk_config
 
 
 class AdaptiveTransformer(nn.Module):
@@ -103,7 +102,7 @@ class AdaptiveTransformer(nn.Module):
         self.unembedding = weight(d, config.vocab_size)
         self.rotation = rotation
         self._pool: NoisePool | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(AdaptiveTransformer.refresh)
         self.refresh()
 
     def _build_rotation(self, device: torch.device | str | None, dtype: torch.dtype) -> Rotary:
@@ -133,10 +132,11 @@ class AdaptiveTransformer(nn.Module):
         knobs = self.knobs.storage()
         super()._apply(fn, recurse)
         self.knobs.keep_precision(knobs)
+        self._pool = None  # it may be on another device
         self.refresh()
         return self
 
-    def refresh(self) -> None:
+    def refresh(self, *_: object) -> None:
         """Rebuilds all that depends on the knobs, after their storage was written to."""
         self.knobs.refresh()
         self.rotation.refresh(self.knobs.log_base, self.knobs.position_scale)
@@ -146,6 +146,8 @@ class AdaptiveTransformer(nn.Module):
     @torch.no_grad()
     def initialise(self, rows: list[int], seeds: list[int]) -> None:
         """Draws fresh parameters for some replicas, each by its own seed (`models.initial`)."""
+        if len(rows) != len(seeds):
+            raise ValueError(f"initialise needs a seed for each row, got {len(rows)}, {len(seeds)}")
         own = dict(self._own_parameters())
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         replicas = draw_weights(own, self.config.n_layers, generators)
@@ -169,14 +171,11 @@ class AdaptiveTransformer(nn.Module):
 
     def decayed_parameters(self) -> set[str]:
         """Names of the parameters that weight decay is for: matrices and embeddings."""
-        return {name for name, parameter in self._own_parameters() if parameter.dim() > 2}
+        own = self._own_parameters()
+        return {name for name, p in own if p.dim() > 2 and p.requires_grad}
 
     def parameter_levels(self) -> dict[str, Tensor]:
-        """The width level of every element of every parameter, shaped like one replica's.
-
-        An element belongs to the lowest level at which it takes part; it is inactive while
-        that level's gate is 0.
-        """
+        """The width level of every element of every parameter; see `Knobs.parameter_levels`."""
         knobs = self.knobs
         heads = knobs.head_channel_level[:: self.config.head_dim]
         levels = self.rotation.levels(heads, knobs.channel_level)
@@ -200,10 +199,10 @@ class AdaptiveTransformer(nn.Module):
                 f"depends on positions or tokens"
             )
         matrices = self.rotation.prepare(1, self.knobs.rotation_strength)
-        for layer, block in enumerate(self.blocks):
-            qkv = cast(nn.ParameterDict, block)["qkv"]
+        for layer in range(self.config.n_layers):
+            qkv = self.get_parameter(f"blocks.{layer}.qkv")
             qkv.copy_(fold(qkv, matrices, layer, self.config.n_heads))
-        self.config = replace(self.config, rotation=rotary.without_static_matrices())
+        self.config = shrink.folded_config(self.config)
         self.knobs.config = self.config
         kept, learns = self.rotation.state_dict(), dict(self.rotation.named_parameters())
         self.rotation = self._build_rotation(self.embedding.device, self.embedding.dtype)
@@ -223,11 +222,11 @@ class AdaptiveTransformer(nn.Module):
         Raises:
             ValueError: If replicas differ in width, or a width still fades.
         """
-        top = common_level(self.knobs.gates, self.knobs.width_level)
-        config = shrunk_config(self.config, top)
+        top = shrink.common_level(self.knobs.gates, self.knobs.width_level)
+        config = shrink.shrunk_config(self.config, top)
         learns = {name: p.requires_grad for name, p in self.named_parameters()}
-        kept = active_parameters(dict(self.named_parameters()), self.parameter_levels(), top)
-        knobs = active_knobs(self.knobs.storage(), config.n_heads, top)
+        kept = shrink.active_parameters(dict(self.named_parameters()), self.parameter_levels(), top)
+        knobs = shrink.active_knobs(self.knobs.storage(), config.n_heads, top)
         small = AdaptiveTransformer(
             config,
             self.n_replicas,
@@ -295,18 +294,13 @@ class AdaptiveTransformer(nn.Module):
             noise: Where each replica's dropout noise comes from; without it dropout is off.
             cache: Of the tokens before; what is computed is added to it.
         """
-        n, _, seq = tokens.shape
         before = 0 if cache is None else cache.length
-        if n != self.n_replicas or before + seq > self.config.context:
-            raise ValueError(
-                f"tokens must have shape [{self.n_replicas}, batch, at most "
-                f"{self.config.context - before}], got {list(tokens.shape)}"
-            )
+        self._require_tokens(tokens, self.config.context - before)
         if cache is None:
             return self._logits(tokens, noise, None)
         if noise is not None:
             raise ValueError("A cache is for generating; dropout noise is for training")
-        stale = cache.version != self.knobs.version
+        seq, stale = tokens.shape[2], cache.version != self.knobs.version
         if before and (stale or not self.rotation.extends(before, before + seq)):
             assert cache.tokens is not None
             tokens = torch.cat((cache.tokens, tokens), dim=2)
@@ -320,8 +314,14 @@ class AdaptiveTransformer(nn.Module):
         self, tokens: Int[Tensor, "replica batch seq"]
     ) -> dict[str, Float[Tensor, " replica"]]:
         """What goes on inside while these tokens are read, by name; see `models.internals`."""
+        self._require_tokens(tokens, self.config.context)
         self._logits(tokens, None, None, watch := Watch())
         return watch.signals()
+
+    def _require_tokens(self, tokens: Tensor, longest: int) -> None:
+        if tokens.dim() != 3 or len(tokens) != self.n_replicas or tokens.shape[2] > longest:
+            wanted = f"[{self.n_replicas}, batch, at most {longest}]"
+            raise ValueError(f"tokens must have shape {wanted}, got {list(tokens.shape)}")
 
     def _logits(
         self,

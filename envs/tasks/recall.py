@@ -119,6 +119,18 @@ def induction(
     if not 1 <= gaps[0] <= gaps[1] < seq:
         raise ValueError(f"gaps must be from 1 to {seq - 1} for {seq} tokens, got {gaps}")
     rng = split_generator(seed, split, _INDUCTION)
+    tokens = np.zeros((n, seq + 1), dtype=np.int64)
+    counted = np.zeros((n, seq), dtype=bool)
+    waiting = np.arange(n)
+    for _ in range(_ATTEMPTS):  # a sequence of which nothing counts is drawn again
+        tokens[waiting], counted[waiting] = _repeated(rng, len(waiting), seq, gaps)
+        waiting = waiting[~counted[waiting].any(axis=1)]
+    return tokens, counted
+
+
+def _repeated(
+    rng: np.random.Generator, n: int, seq: int, gaps: tuple[int, int]
+) -> tuple[Int64[Array, "{n} {seq}+1"], Bool[Array, "{n} {seq}"]]:
     period = rng.integers(gaps[0], gaps[1] + 1, (n, 1))
     place = np.arange(seq + 1)
     tokens = np.take_along_axis(

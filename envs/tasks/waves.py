@@ -37,7 +37,7 @@ def wave_sequences(
         ValueError: For a sequence too short to count anything, or negative noise.
     """
     if seq <= _UNCOUNTED:
-        raise ValueError(f"seq must be above {_UNCOUNTED} tokens, got {seq}")
+        raise ValueError(f"task 'waves' needs a context above {_UNCOUNTED} tokens, got {seq}")
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
     rng = split_generator(seed, split, _WAVES)

@@ -8,7 +8,7 @@ from metactl.evaluation.arms import (
     policy_arm,
     static_arm,
 )
-from metactl.evaluation.headroom import headroom
+from metactl.evaluation.headroom import by_family, headroom
 from metactl.evaluation.place import Where
 from metactl.evaluation.suite import SUITES, Evaluation, EvaluationPlan, evaluate
 from metactl.evaluation.summary import headline, summarise
@@ -20,6 +20,7 @@ __all__ = [
     "EvaluationPlan",
     "Results",
     "Where",
+    "by_family",
     "evaluate",
     "headline",
     "headroom",

@@ -24,6 +24,18 @@ _LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of one knob alone, in its range
 _DEFAULT = "static 0"
 
 
+def by_family(where: Where, families: Sequence[str]) -> dict[str, Where]:
+    """The same place for every family of tasks.
+
+    Raises:
+        ConfigError: If one cannot be built: before any is played.
+    """
+    places = {name: replace(where, options={**where.options, "task": name}) for name in families}
+    for place in places.values():
+        replace(place, n_envs=1, n_workers=0, folder=None).open().close()
+    return places
+
+
 def headroom(
     where: Where,
     *,

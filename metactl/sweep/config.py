@@ -250,7 +250,10 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
         if "policy" in config.options:
             raise ConfigError("policy is a key of the sweep, not one of its options")
         options = resolve_data({**config.options, **varied})
-        policy = Path(options.pop("policy", config.policy))
+        chosen = options.pop("policy", config.policy)
+        if not isinstance(chosen, str):
+            raise ConfigError(f"policy must be a folder or a name, got {chosen!r}")
+        policy = Path(chosen)
         located = str(policy.resolve() if policy.is_dir() else policy)
         return Trial(
             name=name,

@@ -20,7 +20,8 @@ _N_ENVS = 16
 
 def runs_of(policy: Policy, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Environment id and options of the runs that score a trial."""
-    env_id, deployed = deployment(policy, **options)
+    changes = dict(options)
+    env_id, deployed = deployment(policy, changes, data=changes.pop("data", None))
     if "split" in deployed:
         deployed["split"] = "meta_train"
     return env_id, deployed

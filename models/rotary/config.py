@@ -100,7 +100,7 @@ class RotationConfig:
         for name, fits, wanted in (
             ("rotary_share", 0 < self.rotary_share <= 1, "in (0, 1]"),
             ("n_rotations", self.n_rotations >= 1, "at least 1"),
-            ("orthogonality_weight", self.orthogonality_weight >= 0, "at least 0"),
+            ("orthogonality_weight", 0 <= self.orthogonality_weight <= 1e6, "in [0, 1e6]"),
             ("scaling_factor", 1 <= self.scaling_factor < math.inf, "at least 1 and finite"),
             ("base_factors", _all_positive(self.base_factors), "one or more finite and above 0"),
             ("trained_context", (self.trained_context or 1) >= 1, "at least 1 token"),
@@ -133,6 +133,8 @@ class RotationConfig:
             )
         if self.n_rotations > 1 and self.givens is None:
             raise ValueError(f"rotation: n_rotations={self.n_rotations} needs givens")
+        if self.scaling is None and self.scaling_factor != RotationConfig.scaling_factor:
+            raise ValueError(f"rotation: scaling_factor={self.scaling_factor:g} needs scaling")
 
     def check_shape(self, head_dim: int, context: int) -> None:
         """Refuses a head dimension or context that does not suit.
@@ -148,6 +150,11 @@ class RotationConfig:
         if self.rotary_channels(head_dim) < 2:
             raise ValueError(
                 f"rotation: rotary_share={self.rotary_share} of head_dim={head_dim} leaves no pair"
+            )
+        if self.scaling in ("ntk", "dynamic") and self.rotary_channels(head_dim) == 2:
+            raise ValueError(
+                f"rotation: scaling={self.scaling!r} raises a base that one pair alone does not "
+                f"have; head_dim={head_dim} leaves one"
             )
         if self.trained_context is not None and self.trained_context > context:
             raise ValueError(

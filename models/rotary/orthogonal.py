@@ -14,8 +14,6 @@ _TAYLOR_8 = {torch.float32: (0.58, 4.0), torch.float64: (0.0499, 8.0)}  # norm, 
 _TAYLOR = [1 / math.factorial(k) for k in range(9)]
 _MOST_SQUARINGS = 20  # norms up to 6e5 in float32, 5e4 in float64
 
-PARAMETRISATIONS = ("free", "cayley", "exp", "householder")
-
 
 def _taylor_blocks(powers: Float[Tensor, "three n dim dim"]) -> Sequence[Tensor]:
     """Of 1, A and A^2: Taylor's polynomial of the exponential, in three parts by powers of A^3."""
@@ -93,6 +91,7 @@ _MAPS = {
     "exp": exponential,
     "householder": householder,
 }
+PARAMETRISATIONS = tuple(_MAPS)
 
 
 def random_rotation(n: int, dim: int, generator: torch.Generator) -> Float[Tensor, "n dim dim"]:
@@ -135,10 +134,6 @@ class OrthogonalMatrix(Component):
 
     def __init__(self, shape: Shape, parametrisation: str, n_layers: int) -> None:
         super().__init__()
-        if parametrisation not in _MAPS:
-            raise ValueError(
-                f"orthogonal must be one of {', '.join(_MAPS)}, got {parametrisation!r}"
-            )
         self.parametrisation = parametrisation
         dim = shape.head_dim
         self.add("weight", shape, layer=n_layers, head=shape.n_heads, row=dim, column=dim)

@@ -99,9 +99,9 @@ def test_induction_counts_what_follows_the_only_such_token_one_period_back(seed,
     assert not np.isin(tokens, FILLERS).any()
 
 
-def test_induction_counts_something_in_nearly_every_sequence():
+def test_induction_counts_something_in_every_sequence():
     _, counted = induction(0, 500, 24, (2, 22))
-    assert counted.any(axis=1).mean() > 0.9
+    assert counted.any(axis=1).all()
     assert counted.mean() > 0.2
 
 

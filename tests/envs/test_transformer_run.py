@@ -492,7 +492,20 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         ({"horizon": 0}, ("horizon", "0")),
         ({"budget": "flop"}, ("budget", "'flop'", "steps, flops")),
         ({"budget": "flops", "disturb": 0.3}, ("disturb", "0.3", "flops")),
-        ({"horizon": (5, 2)}, ("horizon", "(5, 2)")),
+        ({"horizon": (5, 2)}, ("horizon", "low <= high", "(5, 2)")),
+        ({"default_dropout": 0.7}, ("default_dropout", "0.6", "0.7")),
+        ({"knobs": ()}, ("knobs must name at least one", "[]")),
+        (
+            {"rotation": "nope", "knobs": ("rope_base",)},
+            ("at least one knob that moves", "rope_base"),
+        ),
+        (
+            {
+                "rotation": {"variant": "free", "orthogonality_weight": 50.0},
+                "knobs": ("orthogonality_weight",),
+            },
+            ("orthogonality_weight", "[0.001, 10]", "50"),
+        ),
         ({"learning_rate": 0.0}, ("learning_rate", "0.0")),
         ({"learning_rate": float("nan")}, ("learning_rate", "nan")),
         ({"learning_rate": (2e-3, 1e-3)}, ("learning_rate", "(0.002, 0.001)")),
@@ -581,3 +594,11 @@ def test_a_controller_observes_what_is_inside_where_it_is_measured(start):
     entropy = step.measurement.internal["attention_entropy"][0]
     logit = loop.codec.read(step.observation, "signal/attention_entropy")[0]
     assert 1 / (1 + np.exp(-logit)) == pytest.approx(entropy, rel=1e-5)
+
+
+def test_a_base_of_one_pair_alone_is_no_knob():
+    def names(**options):
+        return [knob.name for knob in RunConfig(**options).chosen_knobs()]
+
+    assert "rope_base" in names(d_model=16) and "rope_base" not in names(d_model=8)
+    assert "rope_base" in names(d_model=8, rotation="polar")  # a frequency for each channel

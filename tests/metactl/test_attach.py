@@ -436,6 +436,21 @@ def test_a_knob_of_the_users_own_that_raises_is_refused_in_words():
         Loop(moving(), knobs=[FunctionKnob(knob, lambda: 0.5, write)])
 
 
+def test_a_policys_name_is_no_controller():
+    with pytest.raises(TypeError, match=r"got 'default'.*Controller.from_pretrained"):
+        Controller("default")
+
+
+def test_a_step_before_attach_is_warned_of_once(caplog):
+    controller = Controller(Static())
+    assert controller.step(loss=1.0) is None and controller.step(loss=1.0) is None
+    assert [record.message for record in caplog.records] == [
+        "metactl: step before attach: nothing is controlled"
+    ]
+    with pytest.raises(AttachError, match="attach comes before load_state_dict"):
+        controller.load_state_dict(controller.state_dict())
+
+
 def test_no_control_steps_at_all_are_refused():
     with pytest.raises(
         ValueError, match="n_control_steps must be a whole number of at least 2, got 0"

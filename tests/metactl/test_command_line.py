@@ -292,6 +292,18 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "--families needs" in refused(capsys, *headroom, "--families")
     assert "--figure is about a policy" in refused(capsys, *headroom, "--figure", new / "a.png")
     assert "--rival is about a policy" in refused(capsys, *headroom, "--rival", policy)
+    assert "--static is about a policy" in refused(capsys, *headroom, "--static", "dropout=0")
+    assert "--suite full is about a policy" in refused(capsys, *headroom, "--suite", "full")
+    late = ("--families", "text", "digits", "--run-dir", new)
+    assert "task 'digits' needs a context of 64" in refused(capsys, *headroom, *late)
+    assert not any((new / "played").iterdir()), "text was played before digits were refused"
+    shutil.rmtree(new)
+    assert "--families is of --headroom" in refused(capsys, *evaluate, "--families", "waves")
+    assert "--set data: give it by --data" in refused(capsys, *evaluate, "--set", "data=x")
+    assert "Unknown option 'whole'" in refused(capsys, *evaluate, "--set", "whole=true")
+    assert "Did you mean 'random_start'?" in refused(capsys, *evaluate, "--set", "randm_start=1")
+    assert "--optimizer-steps must be" in refused(capsys, *evaluate, "--optimizer-steps", 0)
+    assert "with the flags: unknown" in train("--config", "train", "--set", "ppo.lerning_rate=1")
     kept = tmp_path / "kept"
     assert metactl(*evaluate, "--grid", 1, "--n-envs", 2, "--run-dir", kept) == 0
     shutil.rmtree(kept / "played")
@@ -392,6 +404,21 @@ def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
     assert "no effect: decoration" in out
     assert "restored to" in out
     assert "4 problems" in out  # resetting one run also resets its neighbour
+
+
+def test_train_finds_a_module_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Path(__file__).parents[2] / "examples" / "tracking_plant.py"
+    text = plant.read_text().replace('"Tracking', '"MyTracking')
+    text = text.replace("tracking_plant", "plant_of_mine")
+    (tmp_path / "plant_of_mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    place = ("--set", "environment.id=plant_of_mine:MyTracking-v0", "--n-workers", 0)
+    short = ("--n-envs", 4, "--total-timesteps", 160, "--set", "set_point_runs=0")
+    assert metactl("train", "--run-dir", "run", *place, *short) == 0
+    assert Policy.load(tmp_path / "run" / "policy").card.knobs
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:

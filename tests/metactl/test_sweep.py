@@ -90,6 +90,7 @@ def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
         ({"space": {"seed": {"grid": []}}}, ["grid needs at least one value"]),
         ({"space": {"seed": {"uniform": [2, 1]}}}, ["low < high, got 2.0, 1.0"]),
         ({"space": {"seed": {"loguniform": [0, 1]}}}, ["low < high, got 0.0, 1.0"]),
+        ({"space": {"seed": {"gird": [1]}}}, ["'space.seed.gird'", "Did you mean 'grid'"]),
         ({"samples": 0}, ["samples must be at least 1, got 0"]),
         ({"kind": "aply"}, ["kind", "'train', 'apply' or 'knobs'", "'aply'"]),
         ({"resources": {"cpu": 0}}, ["cpu > 0"]),
@@ -113,6 +114,9 @@ def test_a_value_that_the_recipe_does_not_take_is_refused_before_anything_starts
         plan(sweep(tmp_path, space))
     with pytest.raises(ConfigError, match=r"ppo.learning_rat.*Did you mean 'learning_rate'"):
         plan(sweep(tmp_path, {"ppo.learning_rat": {"grid": [1e-3]}}))
+    named = {"kind": "apply", "space": {"policy": {"grid": [3]}}}
+    with pytest.raises(ConfigError, match=r"policy must be a folder or a name, got 3"):
+        plan(parse(SweepConfig, named, "sweep.yaml"))
 
 
 def test_a_rotation_is_that_of_all_trials(capsys, tmp_path):

@@ -55,6 +55,8 @@ def test_each_name_is_a_variant_of_its_own():
         ({"n_rotations": float("inf"), "givens": "butterfly"}, "must be a whole number, got inf"),
         ("polar+value", "polar has one frequency per channel and value_rotation one per pair"),
         ({"n_rotations": 3}, "n_rotations=3 needs givens"),
+        ({"scaling_factor": 8}, "scaling_factor=8 needs scaling"),
+        ({"variant": "free", "orthogonality_weight": float("inf")}, r"in \[0, 1e6\], got inf"),
         ({"rotary_share": 0.0}, r"rotary_share must be in \(0, 1\], got 0.0"),
         ({"bias": "t6"}, "bias must be one of None, t5, alibi, kerple, fire, got 't6'"),
         ({"base_factors": []}, "base_factors must be one or more finite"),
@@ -81,6 +83,7 @@ def test_what_makes_no_sense_is_refused_in_words(rotation, message):
         ({"rotary_share": 0.1}, {"d_model": 32, "n_heads": 4}, "leaves no pair"),
         ({"trained_context": 64}, {"context": 32}, "trained_context must be at most the context"),
         ("rope", {"d_model": 12, "n_heads": 4}, "even whole number"),
+        ("ntk", {"d_model": 8, "n_heads": 4}, "one pair alone does not have; head_dim=2"),
     ],
 )
 def test_a_rotation_that_does_not_suit_the_shape_is_refused(rotation, shape, message):

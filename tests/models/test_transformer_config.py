@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import importlib
+import json
 import pkgutil
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
-from models import TransformerConfig
+from models import AdaptiveTransformer, TransformerConfig
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,23 @@ from models import TransformerConfig
         ({"rope_base": 1.0}, ("rope_base", "1.0")),
         ({"rope_base": float("nan")}, ("rope_base", "nan")),
         ({"span_ramp": 0.0}, ("span_ramp", "0.0")),
+        ({"rope_base": 2e9}, ("rope_base", "1e+09", "2000000000.0")),
+        ({"n_layers": True}, ("n_layers", "True")),
+        ({"d_ff": 64.0}, ("d_ff", "64.0")),
+        ({"width_levels": 1.0}, ("width_levels must be a list", "1.0")),
+        ({"width_levels": (1e-12, 1.0)}, ("n_heads=4", "1e-12")),
         ({"width_levels": ()}, ("width_levels", "()")),
         ({"width_levels": (0.5,)}, ("width_levels", "0.5")),
         ({"width_levels": (0.0, 1.0)}, ("width_levels", "0.0")),
         ({"width_levels": (0.5, 0.5, 1.0)}, ("width_levels", "(0.5, 0.5, 1.0)")),
-        ({"d_model": 12, "n_heads": 3, "width_levels": (0.5, 1.0)}, ("0.5", "1.5 of 3 n_heads")),
-        ({"d_ff": 10, "width_levels": (0.25, 1.0)}, ("0.25", "2.5 of 10 hidden_units")),
+        (
+            {"d_model": 12, "n_heads": 3, "width_levels": (0.5, 1.0)},
+            ("0.5", "n_heads=3", "1.5 of", "multiple of 2"),
+        ),
+        (
+            {"d_ff": 10, "width_levels": (0.25, 1.0)},
+            ("0.25", "hidden_units=10", "2.5 of", "a multiple of 4"),
+        ),
     ],
 )
 def test_a_bad_shape_is_refused_with_the_field_and_what_was_received(options, parts):
@@ -46,6 +58,21 @@ def test_a_shape_cannot_be_changed_or_given_by_position():
         TransformerConfig().d_model = 64
     with pytest.raises(TypeError):
         TransformerConfig(256)
+
+
+def test_a_shape_comes_back_equal_from_json():
+    config = TransformerConfig(d_model=16, width_levels=(0.5, 1.0))
+    again = TransformerConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+
+
+@pytest.mark.parametrize("context", [1, 2, 7, 64])
+def test_a_controllers_ranges_lie_within_what_a_model_accepts(context):
+    config = TransformerConfig(context=context, rope_base=1e9)
+    knobs = AdaptiveTransformer(config).knobs
+    for name, wanted in config.knob_ranges().items():
+        low, high = knobs.bounds(name)
+        assert low <= wanted["low"] <= wanted["high"] <= high, name
 
 
 def test_derived_sizes_follow_their_rules():

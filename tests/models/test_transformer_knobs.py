@@ -66,7 +66,7 @@ def test_gates_move_by_at_most_the_rate_and_never_past_their_target(gates, targe
     assert ((after >= 0) & (after <= 1)).all()
 
 
-@pytest.mark.parametrize("n_steps", [1, 3, 7, 10, 25, 40])
+@pytest.mark.parametrize("n_steps", [1, 3, 7, 10, 25, 40, 107, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_n_steps_of_one_nth_close_and_open_the_gates_exactly(n_steps, dtype):
     model = build(dtype=dtype)
@@ -193,6 +193,16 @@ def test_values_go_to_the_rows_named_and_to_no_other():
     values = model.knobs.values()
     assert values["dropout"].tolist() == pytest.approx([0.3, 0.0, 0.1])
     assert values["attention_span"].tolist() == [4.0, 12.0, 4.0]
+
+
+@pytest.mark.parametrize("rows", [[5], [-1], [True, False], torch.tensor([False, True]), [0.5]])
+def test_rows_that_are_no_indices_are_refused(rows):
+    model = build(2)
+    with pytest.raises(ValueError, match="rows must be indices below 2, got"):
+        model.set_knobs({"dropout": 0.5}, rows)
+    assert model.knobs.dropout.tolist() == [0.0, 0.0]
+    model.set_knobs({"dropout": 0.5}, torch.tensor([1]))
+    assert model.knobs.dropout.tolist() == [0.0, 0.5]
 
 
 def test_setting_the_knobs_of_no_rows_changes_nothing():
