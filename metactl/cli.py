@@ -237,6 +237,8 @@ def _evaluate(command: Evaluate) -> int:
         console().print(part)
     if command.json is not None:
         write_json(command.json, evaluation.summary)
+    if command.run_dir is not None and evaluation.linear is not None:
+        evaluation.linear.save(command.run_dir / "linear")
     if command.update_card:
         policy.with_evaluation(headline(evaluation.summary)).save(command.policy)
     if command.figure is not None:

@@ -122,7 +122,8 @@ class Evaluate:
     """Also search the best schedule by CMA-ES with so many runs, and as many more (0: none) told
     how much data a task has."""
     linear_runs: int = 0
-    """Also search the best linear policy on the same signals, as PPO's rival (0: no search)."""
+    """Also search the best linear policy on the same signals, as PPO's rival (0: no search); it is
+    left in RUN_DIR/linear, for --rival elsewhere."""
     optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
     """Optimizer steps per run."""
     rotation: str | None = None

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -19,7 +18,6 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.mean(dim=1) if weight is None else (losses * weight).sum(dim=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         log_p, targets, weight = ctx.saved_tensors
         share = 1 / log_p.shape[1] if weight is None else weight[..., None]

@@ -26,12 +26,10 @@ def nearest_level(width: Float[Tensor, " replica"], levels: tuple[float, ...]) -
 def stepped_gates(
     gates: Float[Tensor, "replica level"], target: Int[Tensor, " replica"], rate: float
 ) -> Float[Tensor, "replica level"]:
-    """Gates moved by `rate` towards 1 up to the target level and 0 above it.
-
-    A gate within half a step of its end goes there, so that n steps of 1/n end exactly.
-    """
+    """Gates moved by at most `rate` towards 1 up to the target level and 0 above it."""
     index = torch.arange(gates.shape[1], device=gates.device)
     wanted = (index <= target[:, None]).to(gates.dtype)
     distance = wanted - gates
-    arrives = distance.abs() <= 1.5 * rate
+    rounding = torch.finfo(gates.dtype).eps / rate  # so much can add up over 1 / rate steps
+    arrives = distance.abs() <= rate * (1 + 1e-4) + rounding  # n steps of 1/n must end exactly
     return torch.where(arrives, wanted, gates + distance.clamp(-rate, rate))

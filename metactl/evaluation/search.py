@@ -117,8 +117,10 @@ def best_contextual_schedule(search: Search, found: Arm) -> Arm:
     return search.best(name, make, start, spread=_SPREAD / 2, bounds=(-1.0, 1.0))
 
 
-def best_linear_policy(search: Search, policy: Policy) -> Arm:
+def best_linear_policy(search: Search, policy: Policy) -> Policy:
     """What search makes of what a policy sees: PPO's rival, on the same observations and knobs.
+
+    It is searched for as policies are trained: without a guard.
 
     Args:
         search: On tasks of meta-training.
@@ -135,4 +137,7 @@ def best_linear_policy(search: Search, policy: Policy) -> Arm:
         return Learned(Policy(card, normaliser | weights))
 
     start = np.zeros(n_out * (n_in + 1))
-    return search.best("linear policy", make, start, spread=_GAIN, bounds=(-1.0, 1.0))
+    found = search.best("linear", make, start, spread=_GAIN, bounds=(-1.0, 1.0))
+    (learned,) = found.controllers
+    assert isinstance(learned, Learned)
+    return learned.policy

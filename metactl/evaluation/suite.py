@@ -99,10 +99,12 @@ class Evaluation:
     Args:
         results: By arm: one result per task, in the order of the tasks.
         summary: What the report says, as JSON values.
+        linear: The linear policy that was found, where one was searched for.
     """
 
     results: Results
     summary: dict[str, Any]
+    linear: Policy | None = None
 
 
 def evaluate(
@@ -159,7 +161,7 @@ def evaluate(
             played = results["policy"]
             then += swapped_arms(policy, played, default, names, each=plan.each_group)
         results |= play_arms(shards, then, n, plan.seed, count)
-        found = _searched(policy, where, plan, default, count)
+        found, linear = _searched(policy, where, plan, default, count)
         results |= play_arms(shards, found, n, plan.seed, count)
         if plan.population:
             kinds: dict[str, Explore] = {"PBT": perturbed, "PB2": promising}
@@ -189,7 +191,7 @@ def evaluate(
         with closing(where.open(disturb=1.0)) as shards:
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
-    return Evaluation(results=results, summary=summary)
+    return Evaluation(results=results, summary=summary, linear=linear)
 
 
 def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:
@@ -232,11 +234,12 @@ def _tuned_beforehand(
 
 def _searched(
     policy: Policy, where: Where, plan: EvaluationPlan, start: FloatArray, count: Counter
-) -> list[Arm]:
-    """What searches on the tasks of meta-training come to, at the plan's budgets."""
+) -> tuple[list[Arm], Policy | None]:
+    """What searches on the tasks of meta-training come to, and the linear policy among it."""
+    found: list[Arm] = []
+    linear = None
     if not (plan.schedule_runs or plan.linear_runs):
-        return []
-    found = []
+        return found, linear
     with closing(where.open(split="meta_train")) as training:
 
         def search(n_runs: int) -> Search:
@@ -248,8 +251,9 @@ def _searched(
             found.append(best_schedule(search(plan.schedule_runs)))
             found.append(best_contextual_schedule(search(plan.schedule_runs), found[0]))
         if plan.linear_runs:
-            found.append(best_linear_policy(search(plan.linear_runs), policy))
-    return found
+            linear = best_linear_policy(search(plan.linear_runs), policy)
+            found.append(from_arm(linear, "linear policy", start))
+    return found, linear
 
 
 def _require_feasible(plan: EvaluationPlan, where: Where) -> None:

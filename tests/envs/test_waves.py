@@ -78,7 +78,7 @@ def test_training_and_test_share_no_sequence():
 
 
 @pytest.mark.parametrize(
-    ("seq", "noise", "message"), [(8, 0.1, "seq.*got 8"), (32, -0.1, "noise.*got -0.1")]
+    ("seq", "noise", "message"), [(8, 0.1, "above 8 tokens, got 8"), (32, -0.1, "noise.*got -0.1")]
 )
 def test_a_senseless_request_is_refused_with_its_number(seq, noise, message):
     with pytest.raises(ValueError, match=message):

@@ -206,6 +206,7 @@ def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--schedule-runs", 1)
+    small += ("--linear-runs", 1)
     kept = ("--run-dir", tmp_path / "run")
     reports = []
     for name in ("first.json", "again.json"):
@@ -215,6 +216,11 @@ def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
         files = {path.name for path in (tmp_path / "run" / "played").iterdir()}
         reports.append((report.read_bytes(), files))
     assert reports[0] == reports[1]
+    linear = tmp_path / "run" / "linear"
+    assert Policy.load(linear).card.hidden == ()
+    assert metactl(*evaluate, "--rival", linear) == 0
+    arms = json.loads(report.read_text())["arms"]
+    assert arms[f"rival {linear}"]["final_test"] == arms["linear policy"]["final_test"]
     foreign = ("evaluate", "--run-dir", trained, *small)
     assert "holds a train run, not evaluate" in refused(capsys, *foreign)
 

@@ -9,7 +9,7 @@ from toy_plant import DEFAULT, TOY, ToyPlant
 from toy_plant import N_DECISIONS as N
 
 from metactl.config import ConfigError
-from metactl.controllers import BaseController, Plateau, Schedule, WithSignalsOf
+from metactl.controllers import BaseController, Learned, Plateau, Schedule, WithSignalsOf
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
 from metactl.evaluation import (
@@ -413,7 +413,8 @@ def test_the_searched_schedule_beats_every_static_setting_of_a_drifting_optimum(
 
 def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(shards):
     resting = resting_policy(shards.describe())
-    linear = best_linear_policy(searching(shards, 600), resting)
+    found = best_linear_policy(searching(shards, 600), resting)
+    linear = Arm(name="linear policy", positions=DEFAULT, controllers=(Learned(found),))
     static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
     played = play_arms(shards, [linear, *static], 4, 9)
     losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
