@@ -42,7 +42,11 @@ def knobs_of(
     base_matters = rotary.positions == "rope" and turning > (0 if rotary.polar else 2)
     weight, (low, high) = rotary.orthogonality_weight, _WEIGHT_RANGE
     for name in names:
-        if name == "orthogonality_weight" and rotary.orthogonal and not low <= weight <= high:
+        if (
+            name == "orthogonality_weight"
+            and rotary.orthogonal == "free"
+            and not low <= weight <= high
+        ):
             raise ValueError(
                 f"knob 'orthogonality_weight' needs one in [{low:g}, {high:g}] to start from, "
                 f"got {weight:g}"

@@ -205,7 +205,7 @@ def test_a_policy_may_learn_from_inside_its_models_and_be_judged_there(tmp_path:
 def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--schedule-runs", 1)
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0, "--schedule-runs", 1)
     small += ("--linear-runs", 1)
     kept = ("--run-dir", tmp_path / "run")
     reports = []
@@ -422,7 +422,8 @@ def test_train_finds_a_module_where_the_user_stands(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     place = ("--set", "environment.id=plant_of_mine:MyTracking-v0", "--n-workers", 0)
-    short = ("--n-envs", 4, "--total-timesteps", 160, "--set", "set_point_runs=0")
+    short = ("--n-envs", 4, "--total-timesteps", 160, "--set", "ppo.batch_size=40")
+    short += ("--set", "set_point_runs=0")
     assert metactl("train", "--run-dir", "run", *place, *short) == 0
     assert Policy.load(tmp_path / "run" / "policy").card.knobs
 

@@ -336,7 +336,7 @@ def test_a_mean_of_more_policies_than_trials_is_refused_before_anything_starts(t
     ("key", "values"),
     [
         ("ppo.hidden", [[8], [4]]),
-        ("environment.options.knobs", [["dropout"], ["dropout", "rope_base"]]),
+        ("environment.options.knobs", [["dropout"], ["dropout", "attention_span"]]),
         ("environment.options.internal", [False, True]),
     ],
 )

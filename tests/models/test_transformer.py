@@ -276,7 +276,7 @@ def test_a_model_cast_to_bfloat16_still_runs():
     assert torch.isfinite(model(draw_tokens())).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 8), (1, 1, 25), (1, 8)])
+@pytest.mark.parametrize("shape", [(2, 1, 8), (1, 1, 25)])
 @pytest.mark.parametrize("read", ["forward", "internal_signals", "generate"])
 def test_tokens_of_another_shape_are_refused_with_both_shapes(shape, read):
     if read == "generate" and shape[-1] == 25:

@@ -3,7 +3,6 @@
 import dataclasses
 import doctest
 import importlib
-import json
 import pkgutil
 
 import pytest
@@ -29,8 +28,6 @@ from models import AdaptiveTransformer, TransformerConfig
         ({"span_ramp": 0.0}, ("span_ramp", "0.0")),
         ({"rope_base": 2e9}, ("rope_base", "1e+09", "2000000000.0")),
         ({"n_layers": True}, ("n_layers", "True")),
-        ({"d_ff": 64.0}, ("d_ff", "64.0")),
-        ({"width_levels": 1.0}, ("width_levels must be a list", "1.0")),
         ({"width_levels": (1e-12, 1.0)}, ("n_heads=4", "1e-12")),
         ({"width_levels": ()}, ("width_levels", "()")),
         ({"width_levels": (0.5,)}, ("width_levels", "0.5")),
@@ -58,12 +55,6 @@ def test_a_shape_cannot_be_changed_or_given_by_position():
         TransformerConfig().d_model = 64
     with pytest.raises(TypeError):
         TransformerConfig(256)
-
-
-def test_a_shape_comes_back_equal_from_json():
-    config = TransformerConfig(d_model=16, width_levels=(0.5, 1.0))
-    again = TransformerConfig(**json.loads(json.dumps(config.to_dict())))
-    assert again == config and hash(again) == hash(config)
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 64])
