@@ -31,7 +31,7 @@ _LABELS = {
     "plateau and gap rules": "plateau and gap rules together",
     "replay": "replay of the policy's mean trajectory",
     "yoked": "yoked: its moves in another run of the task",
-    "linear policy": "best linear policy (CMA-ES, on training tasks, 2688 runs)",
+    "linear policy": "best linear policy (CMA-ES, on training tasks)",
     "best schedule": "best schedule (CMA-ES, on training tasks)",
     "schedule told the data size": "best schedule that is told the data size",
     "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
@@ -53,7 +53,6 @@ _PLACES = {
     "960": "four times as long (960 steps)",
     "d64": "131 thousand parameters",
     "d128": "656 thousand parameters",
-    "d64_480": "131 thousand parameters, 480 steps",
 }
 _ROOM = (
     "best static minus default",

@@ -7,7 +7,6 @@ from metactl.knobs import Knob, unknown_name
 from models import TransformerConfig
 
 USUAL_KNOBS = ("rope_base", "attention_span", "embedding_width", "dropout")
-_WEIGHT_RANGE = (1e-3, 10.0)  # of the orthogonality weight, as a knob
 OPTIMIZER_KNOBS = ("learning_rate_multiplier", "weight_decay")
 
 
@@ -38,18 +37,18 @@ def knobs_of(
         "orthogonality_weight": None if rotary.orthogonal == "free" else "a free matrix",
     }
     chosen = []
-    turning = shape.head_dim if rotary.polar else rotary.rotary_channels(shape.head_dim)
-    base_matters = rotary.positions == "rope" and turning > (0 if rotary.polar else 2)
-    weight, (low, high) = rotary.orthogonality_weight, _WEIGHT_RANGE
+    several = rotary.polar or rotary.rotary_channels(shape.head_dim) > 2  # frequencies
+    base_matters = rotary.positions == "rope" and several
+    weight, of_weight = rotary.orthogonality_weight, known["orthogonality_weight"]
     for name in names:
         if (
             name == "orthogonality_weight"
             and rotary.orthogonal == "free"
-            and not low <= weight <= high
+            and not of_weight.low <= weight <= of_weight.high
         ):
             raise ValueError(
-                f"knob 'orthogonality_weight' needs one in [{low:g}, {high:g}] to start from, "
-                f"got {weight:g}"
+                f"knob 'orthogonality_weight' needs one in [{of_weight.low:g}, "
+                f"{of_weight.high:g}] to start from, got {weight:g}"
             )
         if name == "weight_decay" and not weight_decay > 0:
             raise ValueError("knob 'weight_decay' needs a weight_decay above 0 to start from")
@@ -70,6 +69,8 @@ def knobs_of(
 def _all_knobs(
     shape: TransformerConfig, default_dropout: float, weight_decay: float
 ) -> tuple[Knob, ...]:
+    ranges = shape.knob_ranges()
+    low, high = (ranges["orthogonality_weight"][end] for end in ("low", "high"))
     defaults = {
         "rope_base": shape.rope_base,
         "attention_span": float(shape.context),
@@ -77,13 +78,8 @@ def _all_knobs(
         "dropout": default_dropout,
         "position_scale": 1.0,
         "rotation_strength": 1.0,
-        "orthogonality_weight": _within(shape.rotary.orthogonality_weight, *_WEIGHT_RANGE),
+        "orthogonality_weight": min(max(shape.rotary.orthogonality_weight, low), high),
     }
-    ranges = shape.knob_ranges()
     of_model = (Knob(name=n, default=value, **ranges[n]) for n, value in defaults.items())
     decay = (weight_decay_knob(weight_decay),) if weight_decay > 0 else ()
     return (*of_model, LearningRateKnob.knob, *decay)
-
-
-def _within(value: float, low: float, high: float) -> float:
-    return min(max(value, low), high)

@@ -30,6 +30,6 @@ def stepped_gates(
     index = torch.arange(gates.shape[1], device=gates.device)
     wanted = (index <= target[:, None]).to(gates.dtype)
     distance = wanted - gates
-    rounding = torch.finfo(gates.dtype).eps / rate  # so much can add up over 1 / rate steps
-    arrives = distance.abs() <= rate * (1 + 1e-4) + rounding  # n steps of 1/n must end exactly
+    rounding = torch.finfo(gates.dtype).eps / rate  # adds up over 1 / rate steps
+    arrives = distance.abs() <= rate + rounding  # n steps of 1/n must end exactly
     return torch.where(arrives, wanted, gates + distance.clamp(-rate, rate))

@@ -413,7 +413,7 @@ def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
 
 
 def test_train_finds_a_module_where_the_user_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant = Path(__file__).parents[2] / "examples" / "tracking_plant.py"
     text = plant.read_text().replace('"Tracking', '"MyTracking')
@@ -426,6 +426,8 @@ def test_train_finds_a_module_where_the_user_stands(
     short += ("--set", "set_point_runs=0")
     assert metactl("train", "--run-dir", "run", *place, *short) == 0
     assert Policy.load(tmp_path / "run" / "policy").card.knobs
+    no_single_run = refused(capsys, "check", "plant_of_mine:MyTracking-v0")
+    assert "vector_entry_point alone" in no_single_run and "MODULE:CLASS" in no_single_run
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:

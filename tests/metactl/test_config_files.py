@@ -271,3 +271,8 @@ def flat(values, prefix=""):
         inner = isinstance(value, dict)
         out |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
     return out
+
+
+def test_a_configuration_that_holds_no_keys_is_refused():
+    with pytest.raises(ConfigError, match=r"the card: a configuration must hold keys.*got 3"):
+        parse(TrainConfig, 3, "the card")

@@ -195,6 +195,12 @@ def test_values_go_to_the_rows_named_and_to_no_other():
     assert values["attention_span"].tolist() == [4.0, 12.0, 4.0]
 
 
+@pytest.mark.parametrize("value", ["0.1", None, [0.1, "b"]])
+def test_a_value_that_is_no_number_is_refused_by_the_knobs_name(value):
+    with pytest.raises(ValueError, match="dropout must be numbers, got"):
+        build(2).set_knobs({"dropout": value})
+
+
 @pytest.mark.parametrize("rows", [[5], [-1], [True, False]])
 def test_rows_that_are_no_indices_are_refused(rows):
     model = build(2)
