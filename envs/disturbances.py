@@ -1,5 +1,7 @@
 """What befalls some runs at a time that nobody announces: the trial of a controller's feedback."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from metactl.run import FloatArray
 from models import hashed_integers
+from models.device import brought
 
 KINDS = ("learning_rate", "labels", "switch", "kick")
 _NONE = -1
@@ -48,22 +51,34 @@ class Disturbances:
             "disturbance_size": whole.double(),
         }
 
-    def draw(self, row: int, seed: int, horizon: int) -> bool:
-        """Decides what befalls a new run; whether it is to switch to another task."""
+    def draw(self, rows: Sequence[int], seeds: Sequence[int], horizon: int) -> list[int]:
+        """Decides what befalls new runs; returns the rows that are to switch to another task."""
+        drawn = [self._drawn(seed, horizon) for seed in seeds]
+        for name, values in self.rows.items():
+            new = torch.tensor([each[name] for each in drawn], dtype=values.dtype)
+            values[list(rows)] = brought(new, values.device)
+        switch = KINDS.index("switch")
+        return [row for row, each in zip(rows, drawn, strict=True) if each["disturbance"] == switch]
+
+    def _drawn(self, seed: int, horizon: int) -> dict[str, int | float]:
         rng = np.random.default_rng([seed, _STREAM])
         kind = self.kinds[int(rng.integers(len(self.kinds)))]
         begins = max(1, round(horizon * rng.uniform(_EARLIEST, _LATEST)))
         length = max(1, round(horizon * rng.uniform(*_LENGTHS)))
         befalls = bool(rng.random() < self.probability)
-        drawn = {
+        return {
             "disturbance": KINDS.index(kind) if befalls else _NONE,
             "disturbance_begins": begins,
             "disturbance_ends": begins + (length if kind in ("learning_rate", "labels") else 1),
             "disturbance_size": rng.uniform(*_SIZES[kind]),
         }
-        for name, value in drawn.items():
-            self.rows[name][row] = value
-        return befalls and kind == "switch"
+
+    def due(self, step: Int[Tensor, " replica"], n_steps: int) -> set[int]:
+        """At which of the next optimizer steps, counted from 0, some run switches or is kicked."""
+        ahead = self.rows["disturbance_begins"] - step
+        once = sum(self.rows["disturbance"] == KINDS.index(kind) for kind in ("switch", "kick"))
+        due = (once > 0) & (ahead >= 0) & (ahead < n_steps)
+        return set(ahead[due].tolist())
 
     def active(self, kind: str, step: Int[Tensor, " replica"]) -> Bool[Tensor, " replica"]:
         """Where a kind of disturbance is at work before the optimizer step of this index."""

@@ -57,7 +57,7 @@ class AdaptiveTransformerRun(TrainingRun):
         self.config, self.n_runs = config, n_runs
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        graphs = self.device.type == "cuda" and config.cuda_graph and not config.disturb
+        graphs = self.device.type == "cuda" and config.cuda_graph
         same = graphs or config.compiles
         self.model = AdaptiveTransformer(
             config.transformer(),
@@ -140,20 +140,25 @@ class AdaptiveTransformerRun(TrainingRun):
 
     @torch.no_grad()
     def reset(self, rows: Sequence[int], tasks: Sequence[Any], seeds: Sequence[int]) -> None:
-        rows = list(rows)
-        for row, task, seed in zip(rows, tasks, seeds, strict=True):
-            self._rows["seed"][row] = seed
-            self._rows["peak"][row] = _drawn(self.config.learning_rate, seed, _RATE_STREAM)
-            self._assign(row, task)
-            if self.disturbances.draw(row, seed, self.horizon):
-                self._assign(row, self.family.unlike(task, seed), _LATER)
+        rows, seeds = list(rows), list(seeds)
+        if not rows:
+            return
+        self._write(rows, "seed", seeds)
+        peaks = [_drawn(self.config.learning_rate, seed, _RATE_STREAM) for seed in seeds]
+        self._write(rows, "peak", peaks)
+        self._assign(rows, tasks)
+        switching = self.disturbances.draw(rows, seeds, self.horizon)
+        if switching:
+            begun = dict(zip(rows, zip(tasks, seeds, strict=True), strict=True))
+            later = [self.family.unlike(*begun[row]) for row in switching]
+            self._assign(switching, later, _LATER)
         for name in ("step", "flops", "diverged"):
             self._rows[name][rows] = 0
-        keys = torch.tensor(list(seeds), dtype=torch.int64)
+        keys = torch.tensor(seeds, dtype=torch.int64)
         weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
         self.model.initialise(rows, weight_seeds)
-        for row, seed in zip(rows, seeds, strict=True):
-            self.model.scale_weights_(row, _drawn(self.config.initial_scale, seed, _SCALE_STREAM))
+        scales = [_drawn(self.config.initial_scale, seed, _SCALE_STREAM) for seed in seeds]
+        self.model.scale_weights_(rows, scales)
         self.optimizer.reset_rows(rows)
         self._set_knobs(
             {
@@ -166,10 +171,13 @@ class AdaptiveTransformerRun(TrainingRun):
         )
         self.model.knobs.settle_gates(rows)
 
-    def _assign(self, row: int, task: Task, when: str = "") -> None:
+    def _assign(self, rows: list[int], tasks: Sequence[Task], when: str = "") -> None:
         for name in _TASK_ROWS:
-            value = torch.as_tensor(getattr(task, name), device=self.device)
-            self._rows[when + name][row] = value
+            self._write(rows, when + name, np.array([getattr(task, name) for task in tasks]))
+
+    def _write(self, rows: list[int], name: str, values: Any) -> None:
+        column = self._rows[name]
+        column[rows] = brought(torch.as_tensor(values, dtype=column.dtype), self.device)
 
     def _set_knobs(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         index = slice(None) if rows is None else list(rows)
@@ -190,8 +198,11 @@ class AdaptiveTransformerRun(TrainingRun):
         seen: list[Tensor] = []  # by step, of all replicas
         shown = torch.zeros(5, self.n_runs, dtype=torch.float64, device=self.device)
         paused = []
+        due = self.disturbances.due(self._rows["step"], n_steps) if self.config.disturb else ()
         for last, rows in shares:
             while len(seen) < last:
+                if len(seen) in due:
+                    self._befall()
                 self.model.knobs.step_gates(1 / n_steps)
                 step = self._measured_step if len(seen) == last - 1 else self._step
                 with matmul_precision(self.config.matmul_precision):
@@ -254,8 +265,6 @@ class AdaptiveTransformerRun(TrainingRun):
     def _optimizer_step(self, *, measure: bool) -> tuple[Tensor, ...]:
         """Losses and gradient norms; with `measure` median and largest update ratio, too."""
         rows = self._rows
-        if self.config.disturb:
-            self._befall()
         tokens, counted = self._reader.read(self._starts())
         targets = tokens[..., 1:]
         if self.config.disturb:

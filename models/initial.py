@@ -7,11 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from models.device import brought
+
+_GRAIN = 16  # torch draws normal numbers by sixteens: so many begin a parameter's own
+
 
 def draw_weights(
     parameters: Mapping[str, nn.Parameter], n_layers: int, generators: Sequence[torch.Generator]
-) -> list[list[Tensor]]:
-    """By replica, a value of every parameter, on the CPU.
+) -> dict[str, Tensor]:
+    """Fresh values by name, `[n_drawn, ...]`, where the parameters live.
 
     Normal with deviation 1/sqrt(fan in), and as in GPT-2 smaller by 1/sqrt(2 n_layers) where a
     projection leads back into the residual stream; the embedding has a deviation of 1, norms are 1.
@@ -19,19 +23,37 @@ def draw_weights(
     Args:
         parameters: By name, `[replica, ...]`.
         n_layers: Blocks.
-        generators: One for each replica that is drawn.
+        generators: One for each replica that is drawn. On the CPU, so that a seed means the same
+            weights on every device.
     """
-    residual = 1 / math.sqrt(2 * n_layers)
+    drawn = {name: p for name, p in parameters.items() if not _is_norm(name)}
+    stds = [_std(name, p.shape[1:], n_layers) for name, p in drawn.items()]
+    sizes = [p[0].numel() for p in drawn.values()]
+    padded = [math.ceil(size / _GRAIN) * _GRAIN for size in sizes]
+    scale = torch.tensor(stds, dtype=torch.float64).repeat_interleave(torch.tensor(padded))
+    like = next(iter(parameters.values()))
+    flat = torch.empty(len(generators), len(scale), dtype=like.dtype)
 
-    def draw(generator: torch.Generator, name: str, parameter: Tensor) -> Tensor:
-        leaf, shape = name.rsplit(".", 1)[-1], parameter.shape[1:]
-        if leaf.endswith("norm"):
-            return torch.ones(shape, dtype=parameter.dtype)
-        std = 1.0 if leaf == "embedding" else 1 / math.sqrt(shape[0])
-        std *= residual if leaf in ("attention_out", "ffn_out") else 1.0
-        normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (normal * std).to(parameter.dtype)
+    def draw(row: int) -> None:
+        normal = torch.randn(len(scale), generator=generators[row], dtype=torch.float64)
+        flat[row] = normal.mul_(scale)
 
-    on_gpu = any(parameter.is_cuda for parameter in parameters.values())
-    with ThreadPoolExecutor(None if on_gpu else torch.get_num_threads()) as pool:
-        return list(pool.map(lambda g: [draw(g, *each) for each in parameters.items()], generators))
+    with ThreadPoolExecutor(None if like.is_cuda else torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(len(generators))))
+    parts = brought(flat, like.device).split(padded, dim=1)
+    fresh = {name: torch.ones_like(p[: len(generators)]) for name, p in parameters.items()}
+    for (name, p), part, size in zip(drawn.items(), parts, sizes, strict=True):
+        fresh[name] = part[:, :size].unflatten(1, p.shape[1:])
+    return fresh
+
+
+def _is_norm(name: str) -> bool:
+    return name.endswith("norm")
+
+
+def _std(name: str, shape: torch.Size, n_layers: int) -> float:
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "embedding":
+        return 1.0
+    residual = 1 / math.sqrt(2 * n_layers) if leaf in ("attention_out", "ffn_out") else 1.0
+    return residual / math.sqrt(shape[0])

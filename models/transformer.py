@@ -150,19 +150,19 @@ class AdaptiveTransformer(nn.Module):
             raise ValueError(f"initialise needs a seed for each row, got {len(rows)}, {len(seeds)}")
         own = dict(self._own_parameters())
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        replicas = draw_weights(own, self.config.n_layers, generators)
-        for parameter, drawn in zip(own.values(), zip(*replicas, strict=True), strict=False):
-            parameter[rows] = brought(torch.stack(drawn), parameter.device)
+        fresh = draw_weights(own, self.config.n_layers, generators)
+        for name, parameter in own.items():
+            parameter[rows] = fresh[name]
         for row, generator in zip(rows, generators, strict=True):
             self.rotation.initialise(row, generator)
 
     @torch.no_grad()
-    def scale_weights_(self, row: int, factor: float) -> None:
-        """Multiplies the matrices and embeddings of one replica, after `initialise`."""
-        if factor != 1:
-            for name, parameter in self._own_parameters():
-                if not name.endswith("norm"):
-                    parameter[row] *= factor
+    def scale_weights_(self, rows: list[int], factors: list[float]) -> None:
+        """Multiplies the matrices and embeddings of some replicas, after `initialise`."""
+        for name, parameter in self._own_parameters():
+            if not name.endswith("norm"):
+                scale = brought(torch.tensor(factors, dtype=parameter.dtype), parameter.device)
+                parameter[rows] *= scale.view(-1, *(1,) * (parameter.dim() - 1))
 
     def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All but the rotation's, so that variants share what they have in common."""

@@ -86,8 +86,7 @@ def test_a_higher_rate_is_over_when_its_time_is_over():
 
 def test_the_share_of_spoilt_targets_is_the_size_and_only_in_its_time():
     drawn = Disturbances(("labels",), 1.0, 2, torch.device("cpu"))
-    for row, seed in enumerate((1, 2)):
-        assert drawn.draw(row, seed, 100) is False
+    assert drawn.draw([0, 1], [1, 2], 100) == []
     targets = torch.full((2, 50, 40), 999)
     seeds = torch.tensor([1, 2])
     now = drawn.rows["disturbance_begins"]
@@ -127,11 +126,21 @@ def test_a_kick_shakes_the_weights_once():
     assert torch.equal(run.optimizer.values, kicked)
 
 
+def test_what_is_due_is_due_where_it_begins():
+    drawn = Disturbances(KINDS, 1.0, 200, torch.device("cpu"))
+    drawn.draw(range(200), range(200), 400)
+    once = torch.isin(drawn.rows["disturbance"], torch.tensor([2, 3]))
+    step = torch.arange(200)
+    ahead = (drawn.rows["disturbance_begins"] - step)[once].tolist()
+    assert drawn.due(step, 30) == {each for each in ahead if 0 <= each < 30} != set()
+    assert drawn.due(step + 400, 30) == set()
+
+
 def test_the_share_of_disturbed_runs_and_of_kinds_is_what_was_asked_for():
     drawn = Disturbances(KINDS, 0.6, 1000, torch.device("cpu"))
-    for row in range(1000):
-        drawn.draw(row, row, 400)
+    switching = drawn.draw(range(1000), range(1000), 400)
     kinds = drawn.rows["disturbance"].numpy()
+    assert switching == np.flatnonzero(kinds == KINDS.index("switch")).tolist()
     assert np.mean(kinds >= 0) == pytest.approx(0.6, abs=0.05)
     assert np.bincount(kinds[kinds >= 0]) / 600 == pytest.approx([0.25] * 4, abs=0.06)
     first = drawn.rows["disturbance_begins"].numpy()

@@ -232,3 +232,13 @@ def test_a_control_step_waits_for_the_gpu_once(start):
 def test_disturbed_runs_train_on_a_gpu_as_on_the_cpu(start):
     there, here = (start(device=d, disturb=1.0, compile=False) for d in ("cuda", "cpu"))
     assert furthest(live(there), live(here)) < 1e-9
+    assert there._step._graph is not None
+
+
+@gpu
+@needs_gpu
+def test_a_budget_of_flops_on_a_gpu_is_that_on_the_cpu(start):
+    options = {"budget": "flops", "compile": False, "capturable": True}
+    there, here = (start(device=d, **options) for d in ("cuda", "cpu"))
+    assert furthest(live(there), live(here)) < 1e-9
+    assert len(set(there._rows["step"].tolist())) > 1
