@@ -7,7 +7,8 @@
 A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
 `disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME); or,
-with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json).
+with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json), and with `rival`,
+`places` (from docs/rival.json).
 """
 
 import json
@@ -53,7 +54,9 @@ _PLACES = {
     "960": "four times as long (960 steps)",
     "d64": "131 thousand parameters",
     "d128": "656 thousand parameters",
+    "d64_480": "131 thousand parameters, twice as long",
 }
+_OWN_FILES = ("headroom", "rival")
 _ROOM = (
     "best static minus default",
     "per-task best minus best static",
@@ -98,7 +101,7 @@ def _table(match: re.Match[str]) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = ROOT / "docs" / (f"{name}.json" if name == "headroom" else f"evaluation_{name}.json")
+    path = ROOT / "docs" / (f"{name}.json" if name in _OWN_FILES else f"evaluation_{name}.json")
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
 
@@ -218,7 +221,20 @@ def _knobs(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """The policy beside another, by place."""
+    columns = ["policy", "rival", "policy minus rival", "the same at the best checkpoint"]
+    rows = [["", "tasks", *columns], ["---", *["---:"] * 5]]
+    for name, place in found["places"].items():
+        losses = [f"{place['final_test'][arm]:.3f}" for arm in ("policy", "rival")]
+        minus = place["policy_minus_rival"]
+        differences = [interval_text(minus[which]) for which in ("final_test", "best_test")]
+        rows.append([_PLACES[name], str(place["n_tasks"]), *losses, *differences])
+    return rows
+
+
 _KINDS = {
+    "places": _places,
     "families": _families,
     "knobs": _knobs,
     "paired": _paired,

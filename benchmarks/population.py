@@ -220,8 +220,8 @@ def measure_together(side: str, shape: dict[str, int], n_runs: int, options: Opt
     return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds, device)
 
 
-def compare(shape: dict[str, int], options: Options) -> Iterator[list[dict[str, Any]]]:
-    """All sides in turn; for each population the rates and the ratios, after every round."""
+def compare(shape: dict[str, int], options: Options) -> Iterator[dict[int, dict[str, Any]]]:
+    """All sides in turn; by population the rates and the ratios, those measured just now last."""
     alone = [side for side in ALONE if side in options.sides]
     together = [side for side in TOGETHER if side in options.sides]
     rounds: dict[int, list[dict[str, Figures]]] = {n: [] for n in options.n_runs}
@@ -230,7 +230,8 @@ def compare(shape: dict[str, int], options: Options) -> Iterator[list[dict[str, 
         for n, of_n in rounds.items():
             with_n = {side: measure_together(side, shape, n, options) for side in together}
             of_n.append(figures | with_n)
-        yield [_summary(n, of_n) for n, of_n in rounds.items()]
+            others = {m: _summary(m, of_m) for m, of_m in rounds.items() if of_m and m != n}
+            yield {**others, n: _summary(n, of_n)}
 
 
 def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
@@ -258,11 +259,12 @@ def main() -> None:
     }
     for name in options.shapes:
         for rows in compare(SHAPES[name], options):
-            report["shapes"][name] = {"shape": SHAPES[name], "populations": rows}
+            populations = [rows[n] for n in sorted(rows)]
+            report["shapes"][name] = {"shape": SHAPES[name], "populations": populations}
             options.json.write_text(json.dumps(report, indent=2) + "\n")
-            for row in rows:
-                rates = "  ".join(f"{k} {v:.0f}" for k, v in row["steps_per_second"].items())
-                print(f"{name:7s} {row['n_runs']:3d} runs: {rates} optimizer steps/s", flush=True)
+            n, row = list(rows.items())[-1]
+            rates = "  ".join(f"{k} {v:.0f}" for k, v in row["steps_per_second"].items())
+            print(f"{name:7s} {n:3d} runs: {rates} optimizer steps/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -154,9 +154,8 @@ class AdaptiveTransformerRun(TrainingRun):
             self._assign(switching, later, _LATER)
         for name in ("step", "flops", "diverged"):
             self._rows[name][rows] = 0
-        keys = torch.tensor(seeds, dtype=torch.int64)
-        weight_seeds = hashed_integers(1 << 62, keys, torch.tensor(_WEIGHT_STREAM)).tolist()
-        self.model.initialise(rows, weight_seeds)
+        weight_seeds = hashed_integers(1 << 62, torch.tensor(seeds), torch.tensor(_WEIGHT_STREAM))
+        self.model.initialise(rows, weight_seeds.tolist())
         scales = [_drawn(self.config.initial_scale, seed, _SCALE_STREAM) for seed in seeds]
         self.model.scale_weights_(rows, scales)
         self.optimizer.reset_rows(rows)

@@ -1,0 +1,110 @@
+"""Another policy beside the shipped one, where neither was trained: texts, lengths, sizes.
+
+    metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
+    python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
+
+Both are guarded, begin at the default setting and live through the same runs, those of the
+evaluations in docs/evidence.md. What is finished is in the file at once.
+"""
+
+import importlib.util
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.provenance import commit, machine
+from metactl.deployment import deployment
+from metactl.evaluation import Where, play_arms
+from metactl.evaluation.arms import from_arm, policy_arm
+from metactl.evaluation.place import Counter
+from metactl.evaluation.summary import column, plain
+from metactl.knobs import KnobSet
+from metactl.policy import Policy
+from metactl.progress import bar
+from metactl.shards import default_workers
+from metactl.statistics import paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Runs that a policy was not trained on.
+
+    Args:
+        n_tasks: How many.
+        options: Of the environment.
+        data: Text to learn; the Python standard library by default.
+    """
+
+    n_tasks: int
+    options: dict[str, Any]
+    data: Path | None = None
+
+
+def _inside(package: str, *path: str) -> Path:
+    """A file or folder of an installed package."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent.joinpath(*path)
+
+
+PLACES = {
+    "english": Place(n_tasks=64, options={"horizon": 240}, data=_inside("pydoc_data", "topics.py")),
+    "cpp": Place(n_tasks=64, options={"horizon": 240}, data=_inside("torch", "include", "c10")),
+    "480": Place(n_tasks=32, options={"horizon": 480}),
+    "960": Place(n_tasks=32, options={"horizon": 960}),
+    "d64": Place(n_tasks=32, options={"horizon": 240, "d_model": 64}),
+    "d128": Place(n_tasks=32, options={"horizon": 240, "d_model": 128, "n_layers": 3}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which policies, and where."""
+
+    rival: Path
+    """Folder of the other policy."""
+    json: Path
+    """Where the figures go."""
+    policy: str = "default"
+    """Folder of a policy, or the name of one that ships."""
+    places: tuple[str, ...] = tuple(PLACES)
+    """Of english, cpp, 480, 960, d64, d128."""
+
+
+def compare(policy: Policy, rival: Policy, place: Place) -> dict[str, Any]:
+    """Test losses of both, and how far apart they are."""
+    options = {**place.options, "compile": True}
+    env_id, options = deployment(policy, options, data=place.data)
+    where = Where(env_id=env_id, options=options, n_envs=16, n_workers=default_workers())
+    with closing(where.open()) as shards, bar("Paired runs") as progress:
+        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        arms = [policy_arm(policy, default), from_arm(rival, "rival", default)]
+        count = Counter(2 * place.n_tasks, progress)
+        played = play_arms(shards, arms, place.n_tasks, 0, count)
+    found: dict[str, Any] = {"n_tasks": place.n_tasks, "policy_minus_rival": {}}
+    for name in ("final_test", "best_test"):
+        ours, theirs = (column(played[arm], name) for arm in ("policy", "rival"))
+        found[name] = {"policy": float(ours.mean()), "rival": float(theirs.mean())}
+        found["policy_minus_rival"][name] = plain(paired_difference(ours, theirs))
+    return found
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.set_num_threads(1)
+    policy, rival = Policy.load(options.policy), Policy.load(options.rival)
+    figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "places": {}}
+    for name in options.places:
+        figures["places"][name] = found = compare(policy, rival, PLACES[name])
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        minus = found["policy_minus_rival"]["final_test"]
+        print(f"{name}: policy minus rival {minus['estimate']:+.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
