@@ -222,14 +222,15 @@ def _knobs(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
 
 
 def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
-    """The policy beside another, by place."""
-    columns = ["policy", "rival", "policy minus rival", "the same at the best checkpoint"]
-    rows = [["", "tasks", *columns], ["---", *["---:"] * 5]]
+    """The policy beside a linear one and the mean of both, by place."""
+    pairs = {"policy - rival": "policy minus linear", "mean - policy": "mean minus policy"}
+    pairs |= {"mean - rival": "mean minus linear"}
+    rows = [["", "tasks", *pairs.values(), "mean minus policy at best ckpt"]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for name, place in found["places"].items():
-        losses = [f"{place['final_test'][arm]:.3f}" for arm in ("policy", "rival")]
-        minus = place["policy_minus_rival"]
-        differences = [interval_text(minus[which]) for which in ("final_test", "best_test")]
-        rows.append([_PLACES[name], str(place["n_tasks"]), *losses, *differences])
+        differences = [interval_text(place["final_test_minus"][pair]) for pair in pairs]
+        differences.append(interval_text(place["best_test_minus"]["mean - policy"]))
+        rows.append([_PLACES[name], str(place["n_tasks"]), *differences])
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Another policy beside the shipped one, where neither was trained: texts, lengths, sizes.
+"""A linear policy beside the shipped one, where neither was trained, and the mean of the two.
 
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
 
-Both are guarded, begin at the default setting and live through the same runs, those of the
+The mean acts as both do on average. All are guarded, begin at the default setting and live through the same runs, those of the
 evaluations in docs/evidence.md. What is finished is in the file at once.
 """
 
@@ -11,6 +11,7 @@ import importlib.util
 import json
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import tyro
 from benchmarks.provenance import commit, machine
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
-from metactl.evaluation.arms import from_arm, policy_arm
+from metactl.evaluation.arms import from_arm
 from metactl.evaluation.place import Counter
 from metactl.evaluation.summary import column, plain
 from metactl.knobs import KnobSet
@@ -53,6 +54,7 @@ def _inside(package: str, *path: str) -> Path:
 
 
 PLACES = {
+    "default": Place(n_tasks=64, options={"horizon": 240}),
     "english": Place(n_tasks=64, options={"horizon": 240}, data=_inside("pydoc_data", "topics.py")),
     "cpp": Place(n_tasks=64, options={"horizon": 240}, data=_inside("torch", "include", "c10")),
     "480": Place(n_tasks=32, options={"horizon": 480}),
@@ -67,30 +69,34 @@ class Options:
     """Which policies, and where."""
 
     rival: Path
-    """Folder of the other policy."""
+    """Folder of the linear policy."""
     json: Path
     """Where the figures go."""
     policy: str = "default"
     """Folder of a policy, or the name of one that ships."""
     places: tuple[str, ...] = tuple(PLACES)
-    """Of english, cpp, 480, 960, d64, d128."""
+    """Of default, english, cpp, 480, 960, d64, d128."""
 
 
-def compare(policy: Policy, rival: Policy, place: Place) -> dict[str, Any]:
-    """Test losses of both, and how far apart they are."""
+def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
+    """Test losses of all, and how far each is below or above the policy."""
+    policy = policies["policy"]
     options = {**place.options, "compile": True}
     env_id, options = deployment(policy, options, data=place.data)
     where = Where(env_id=env_id, options=options, n_envs=16, n_workers=default_workers())
     with closing(where.open()) as shards, bar("Paired runs") as progress:
         default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
-        arms = [policy_arm(policy, default), from_arm(rival, "rival", default)]
-        count = Counter(2 * place.n_tasks, progress)
+        arms = [from_arm(each, name, default) for name, each in policies.items()]
+        count = Counter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
-    found: dict[str, Any] = {"n_tasks": place.n_tasks, "policy_minus_rival": {}}
-    for name in ("final_test", "best_test"):
-        ours, theirs = (column(played[arm], name) for arm in ("policy", "rival"))
-        found[name] = {"policy": float(ours.mean()), "rival": float(theirs.mean())}
-        found["policy_minus_rival"][name] = plain(paired_difference(ours, theirs))
+    found: dict[str, Any] = {"n_tasks": place.n_tasks}
+    for which in ("final_test", "best_test"):
+        losses = {name: column(runs, which) for name, runs in played.items()}
+        found[which] = {name: float(loss.mean()) for name, loss in losses.items()}
+        found[f"{which}_minus"] = {
+            f"{one} - {other}": plain(paired_difference(losses[one], losses[other]))
+            for one, other in combinations(losses, 2)
+        }
     return found
 
 
@@ -98,12 +104,14 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
     policy, rival = Policy.load(options.policy), Policy.load(options.rival)
+    mean = Policy.mean_of([policy, rival.as_network(policy.card.hidden)])
+    policies = {"mean": mean, "policy": policy, "rival": rival}
     figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "places": {}}
     for name in options.places:
-        figures["places"][name] = found = compare(policy, rival, PLACES[name])
+        figures["places"][name] = found = compare(policies, PLACES[name])
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        minus = found["policy_minus_rival"]["final_test"]
-        print(f"{name}: policy minus rival {minus['estimate']:+.4f}", flush=True)
+        differences = found["final_test_minus"].items()
+        print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in differences), flush=True)
 
 
 if __name__ == "__main__":

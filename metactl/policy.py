@@ -26,6 +26,7 @@ from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray, Knob, unknown_name
 
 FORMAT_VERSION = 1
+_SMALL = 1e-3  # of a tanh unit that is to be linear
 CLIP = 4.0  # of new policies: no observation lies far outside of what training saw
 _STRICT = ConfigDict(extra="forbid")
 _MAX_BYTES = 64 << 20
@@ -143,6 +144,37 @@ class Policy:
                 x = np.tanh(x)
         actions: np.ndarray = np.clip(x, -1.0, 1.0).mean(axis=0)
         return actions
+
+    def as_network(self, hidden: Sequence[int]) -> "Policy":
+        """A linear policy as a network, so that `mean_of` can take it together with networks.
+
+        Its tanh units are driven so little that they are linear: actions are the same to 1e-6.
+
+        Args:
+            hidden: Sizes of the hidden layers.
+
+        Raises:
+            PolicyError: If it is not linear, or a layer has fewer units than there are knobs.
+        """
+        n_knobs = len(self.card.knobs)
+        if self.card.hidden or self.card.members > 1:
+            raise PolicyError("Only a linear policy of one member can become a network")
+        if not hidden or min(hidden) < n_knobs:
+            raise PolicyError(
+                f"hidden layers need at least {n_knobs} units, one per knob, got {tuple(hidden)}"
+            )
+        sizes = (len(self.card.observations), *hidden, n_knobs)
+        weights = {name: self.weights[name] for name in ("mean", "std")}
+        for i, (n_in, n_out) in enumerate(pairwise(sizes)):
+            weight, bias = np.zeros((n_out, n_in)), np.zeros(n_out)
+            if i == 0:
+                weight[:n_knobs] = self.weights["weight_0"] * _SMALL
+                bias[:n_knobs] = self.weights["bias_0"] * _SMALL
+            else:
+                passed = 1 / _SMALL if i == len(hidden) else 1.0
+                weight[:n_knobs, :n_knobs] = passed * np.eye(n_knobs)
+            weights |= {f"weight_{i}": weight, f"bias_{i}": bias}
+        return Policy(replace(self.card, hidden=tuple(hidden)), weights)
 
     @classmethod
     def mean_of(cls, policies: Sequence["Policy"]) -> "Policy":
