@@ -38,6 +38,7 @@ _LABELS = {
     "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
     "PB2, best of 8": "PB2, best of 8 (at 8 times the compute)",
     "rival runs/progress/policy": "a policy of the same recipe that sees progress alone",
+    "rival runs/grid/linear": "linear policy (CMA-ES, on training tasks)",
     "best static of training tasks": "best static setting of training tasks",
     "the same by size of the data": "best static setting of training tasks, by size of the data",
     "policy from there": "the policy, begun at the best static of training tasks",

@@ -3,8 +3,9 @@
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
 
-The mean acts as both do on average. All are guarded, begin at the default setting and live through the same runs, those of the
-evaluations in docs/evidence.md. What is finished is in the file at once.
+The mean acts as both do on average. All are guarded, begin at the default setting and live
+through the same runs, those of the evaluations in docs/evidence.md. What is finished is in the file
+at once.
 """
 
 import importlib.util
