@@ -48,7 +48,7 @@ lint: $(STAMP)
 
 test: lint
 	@echo "test: the suite"
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 soak: $(STAMP)
 	@echo "soak: a simulated cluster that loses workers, nodes and drivers (about 8 minutes)"

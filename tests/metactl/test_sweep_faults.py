@@ -172,15 +172,12 @@ def ignore(steps, mean_return):
     """Nobody to report to."""
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("n_trials", "n_kills"), [(6, 3), pytest.param(32, 20, marks=pytest.mark.soak)]
-)
-def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(
-    cluster, tmp_path, n_trials, n_kills
-):
+def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(cluster, tmp_path):
+    n_kills = 20
     lost = cluster.add_node(num_cpus=1)
-    run = Sweep(tmp_path, n_trials)
+    run = Sweep(tmp_path, n_trials=32)
     run.start(cluster.address)
     rng = random.Random(0)
     killed = {}
