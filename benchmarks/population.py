@@ -220,8 +220,10 @@ def measure_together(side: str, shape: dict[str, int], n_runs: int, options: Opt
     return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds, device)
 
 
-def compare(shape: dict[str, int], options: Options) -> Iterator[dict[int, dict[str, Any]]]:
-    """All sides in turn; by population the rates and the ratios, those measured just now last."""
+def compare(
+    shape: dict[str, int], options: Options
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """All sides in turn; figures of the population measured just now, and of all so far."""
     alone = [side for side in ALONE if side in options.sides]
     together = [side for side in TOGETHER if side in options.sides]
     rounds: dict[int, list[dict[str, Figures]]] = {n: [] for n in options.n_runs}
@@ -230,8 +232,8 @@ def compare(shape: dict[str, int], options: Options) -> Iterator[dict[int, dict[
         for n, of_n in rounds.items():
             with_n = {side: measure_together(side, shape, n, options) for side in together}
             of_n.append(figures | with_n)
-            others = {m: _summary(m, of_m) for m, of_m in rounds.items() if of_m and m != n}
-            yield {**others, n: _summary(n, of_n)}
+            so_far = [_summary(m, of_m) for m, of_m in rounds.items() if of_m]
+            yield _summary(n, of_n), so_far
 
 
 def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
@@ -249,8 +251,7 @@ def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
 
 def main() -> None:
     options = tyro.cli(Options)
-    if options.device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     report: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
         "shapes": {},
@@ -258,13 +259,11 @@ def main() -> None:
         "commit": commit(),
     }
     for name in options.shapes:
-        for rows in compare(SHAPES[name], options):
-            populations = [rows[n] for n in sorted(rows)]
-            report["shapes"][name] = {"shape": SHAPES[name], "populations": populations}
+        for row, so_far in compare(SHAPES[name], options):
+            report["shapes"][name] = {"shape": SHAPES[name], "populations": so_far}
             options.json.write_text(json.dumps(report, indent=2) + "\n")
-            n, row = list(rows.items())[-1]
             rates = "  ".join(f"{k} {v:.0f}" for k, v in row["steps_per_second"].items())
-            print(f"{name:7s} {n:3d} runs: {rates} optimizer steps/s", flush=True)
+            print(f"{name:7s} {row['n_runs']:3d} runs: {rates} optimizer steps/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ at once.
 
 import importlib.util
 import json
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
@@ -104,8 +105,14 @@ def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
-    policy, rival = Policy.load(options.policy), Policy.load(options.rival)
-    mean = Policy.mean_of([policy, rival.as_network(policy.card.hidden)])
+    try:
+        if unknown := sorted(set(options.places) - set(PLACES)):
+            raise ValueError(f"places must be of {', '.join(PLACES)}, got {', '.join(unknown)}")
+        policy, rival = Policy.load(options.policy), Policy.load(options.rival)
+        mean = Policy.mean_of([policy, rival.as_network(policy.card.hidden)])
+    except ValueError as error:
+        print(f"rival: {error}", file=sys.stderr)
+        sys.exit(2)
     policies = {"mean": mean, "policy": policy, "rival": rival}
     figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "places": {}}
     for name in options.places:

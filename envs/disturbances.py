@@ -75,10 +75,9 @@ class Disturbances:
 
     def due(self, step: Int[Tensor, " replica"], n_steps: int) -> set[int]:
         """At which of the next optimizer steps, counted from 0, some run switches or is kicked."""
-        ahead = self.rows["disturbance_begins"] - step
-        once = sum(self.rows["disturbance"] == KINDS.index(kind) for kind in ("switch", "kick"))
-        due = (once > 0) & (ahead >= 0) & (ahead < n_steps)
-        return set(ahead[due].tolist())
+        kinds, ahead = self.rows["disturbance"], self.rows["disturbance_begins"] - step
+        once = (kinds == KINDS.index("switch")) | (kinds == KINDS.index("kick"))
+        return set(ahead[once & (ahead >= 0) & (ahead < n_steps)].tolist())
 
     def active(self, kind: str, step: Int[Tensor, " replica"]) -> Bool[Tensor, " replica"]:
         """Where a kind of disturbance is at work before the optimizer step of this index."""

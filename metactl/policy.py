@@ -148,7 +148,8 @@ class Policy:
     def as_network(self, hidden: Sequence[int]) -> "Policy":
         """A linear policy as a network, so that `mean_of` can take it together with networks.
 
-        Its tanh units are driven so little that they are linear: actions are the same to 1e-6.
+        Its tanh units are driven so little that they are linear: with up to two hidden layers
+        actions are the same to 1e-6.
 
         Args:
             hidden: Sizes of the hidden layers.

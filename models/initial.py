@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from models.device import brought
 
-_GRAIN = 16  # torch draws normal numbers by sixteens: so many begin a parameter's own
-
 
 def draw_weights(
     parameters: Mapping[str, nn.Parameter], n_layers: int, generators: Sequence[torch.Generator]
@@ -26,11 +24,10 @@ def draw_weights(
         generators: One for each replica that is drawn. On the CPU, so that a seed means the same
             weights on every device.
     """
-    drawn = {name: p for name, p in parameters.items() if not _is_norm(name)}
-    stds = [_std(name, p.shape[1:], n_layers) for name, p in drawn.items()]
-    sizes = [p[0].numel() for p in drawn.values()]
-    padded = [math.ceil(size / _GRAIN) * _GRAIN for size in sizes]
-    scale = torch.tensor(stds, dtype=torch.float64).repeat_interleave(torch.tensor(padded))
+    drawn = {name: p[0] for name, p in parameters.items() if not _is_norm(name)}
+    stds = [_std(name, p.shape, n_layers) for name, p in drawn.items()]
+    sizes = [p.numel() for p in drawn.values()]
+    scale = torch.tensor(stds, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
     like = next(iter(parameters.values()))
     flat = torch.empty(len(generators), len(scale), dtype=like.dtype)
 
@@ -40,11 +37,13 @@ def draw_weights(
 
     with ThreadPoolExecutor(None if like.is_cuda else torch.get_num_threads()) as pool:
         list(pool.map(draw, range(len(generators))))
-    parts = brought(flat, like.device).split(padded, dim=1)
-    fresh = {name: torch.ones_like(p[: len(generators)]) for name, p in parameters.items()}
-    for (name, p), part, size in zip(drawn.items(), parts, sizes, strict=True):
-        fresh[name] = part[:, :size].unflatten(1, p.shape[1:])
-    return fresh
+    parts = iter(brought(flat, like.device).split(sizes, dim=1))
+    return {
+        name: torch.ones_like(p[: len(generators)])
+        if _is_norm(name)
+        else next(parts).unflatten(1, p.shape[1:])
+        for name, p in parameters.items()
+    }
 
 
 def _is_norm(name: str) -> bool:

@@ -159,9 +159,9 @@ class AdaptiveTransformer(nn.Module):
     @torch.no_grad()
     def scale_weights_(self, rows: list[int], factors: list[float]) -> None:
         """Multiplies the matrices and embeddings of some replicas, after `initialise`."""
+        scale = brought(torch.tensor(factors, dtype=self.embedding.dtype), self.embedding.device)
         for name, parameter in self._own_parameters():
             if not name.endswith("norm"):
-                scale = brought(torch.tensor(factors, dtype=parameter.dtype), parameter.device)
                 parameter[rows] *= scale.view(-1, *(1,) * (parameter.dim() - 1))
 
     def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -93,6 +93,17 @@ def test_a_capturable_step_never_looks_at_a_number(start, waits, rotation):
     assert seen == expected  # on a GPU, the exponential does not look
 
 
+def test_a_step_of_runs_that_something_befalls_never_looks_at_a_number(start, waits):
+    run = start(capturable=True, disturb=1.0)
+    with waits() as seen:
+        for _ in range(run.horizon):
+            run._step()
+    assert seen == set()
+    with waits() as seen:
+        run._befall()
+    assert seen  # it stays outside of what is recorded
+
+
 def test_the_watch_sees_what_it_is_for(start, waits):
     run = start(capturable=False)
     move(run, {"embedding_width": [0.5, 1.0, 0.25]})

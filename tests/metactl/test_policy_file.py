@@ -104,22 +104,35 @@ def test_the_mean_of_policies_acts_as_they_do_on_average_and_survives_the_file(t
 
 
 @pytest.mark.parametrize("hidden", [(4,), (3, 5)])
-def test_a_linear_policy_as_a_network_acts_the_same_and_has_a_mean_with_networks(hidden):
-    shown = make_policy()
-    rng = np.random.default_rng(3)
-    own = {"weight_0": rng.normal(size=(2, N_SEEN)), "bias_0": rng.normal(size=2)}
-    weights = {name: shown.weights[name] for name in ("mean", "std")} | own
-    linear = Policy(replace(shown.card, hidden=()), weights)
+def test_a_linear_policy_as_a_network_acts_the_same(hidden):
+    _, linear = network_and_linear()
     network = linear.as_network(hidden)
-    seen = rng.normal(0, 3, (200, N_SEEN))
-    apart = np.abs(network.act(seen) - linear.act(seen))
-    assert apart.max() < 1e-5 and np.ptp(linear.act(seen)) == 2
-    both = Policy.mean_of([network, network])
-    np.testing.assert_allclose(both.act(seen), network.act(seen), atol=1e-12)
+    seen = np.random.default_rng(4).normal(0, 3, (200, N_SEEN))
+    assert np.abs(network.act(seen) - linear.act(seen)).max() < 1e-6
+    assert np.ptp(linear.act(seen)) == 2  # from bound to bound
+
+
+def test_a_linear_policy_has_a_mean_with_a_network():
+    shown, linear = network_and_linear()
+    mean = Policy.mean_of([shown, linear.as_network(shown.card.hidden)])
+    seen = np.random.default_rng(4).normal(0, 3, (200, N_SEEN))
+    np.testing.assert_allclose(mean.act(seen), (shown.act(seen) + linear.act(seen)) / 2, atol=1e-6)
+
+
+def test_what_is_not_linear_or_does_not_fit_becomes_no_network():
+    shown, linear = network_and_linear()
     with pytest.raises(PolicyError, match="at least 2 units, one per knob, got \\(4, 1\\)"):
         linear.as_network((4, 1))
     with pytest.raises(PolicyError, match="Only a linear policy"):
         shown.as_network((4,))
+
+
+def network_and_linear():
+    shown = make_policy()
+    rng = np.random.default_rng(3)
+    own = {"weight_0": rng.normal(size=(2, N_SEEN)), "bias_0": rng.normal(size=2)}
+    weights = {name: shown.weights[name] for name in ("mean", "std")} | own
+    return shown, Policy(replace(shown.card, hidden=()), weights)
 
 
 def test_policies_of_unlike_shape_have_no_mean():
