@@ -1,13 +1,12 @@
 """AdamW for many replicas at once, in one flat buffer."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from envs.graph import fused
 from models import AdaptiveTransformer
 
 
@@ -46,7 +45,7 @@ class ReplicatedAdamW:
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         max_norm: Gradient norm above which a replica's gradient is scaled down.
-        fuse: Compiles the elementwise part of a step; as it is by default.
+        fuse: Compile the elementwise part of a step.
 
     Where the model is capturable, or on a GPU, numbers on the device never decide what is computed.
     """
@@ -58,12 +57,13 @@ class ReplicatedAdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         max_norm: float = 1.0,
-        fuse: Callable[..., Any] = lambda function: function,
+        fuse: bool = False,
     ) -> None:
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self._parameters = list(model.parameters())
         n = model.n_replicas
-        self._update = fuse(self._turn_all_into_step)
+        self._fused = fuse
+        self._update = fused(self._turn_all_into_step) if fuse else self._turn_all_into_step
         self.values = torch.cat([p.detach().reshape(n, -1) for p in self._parameters], dim=1)
         self._point_parameters_at_values()
         self.moment1 = torch.zeros_like(self.values)
@@ -75,10 +75,14 @@ class ReplicatedAdamW:
         levels, decayed = model.parameter_levels(), model.decayed_parameters()
         names = [name for name, _ in model.named_parameters()]
         self._levels = [levels[name] for name in names]
-        self._level = torch.cat([level.flatten() for level in self._levels])
+        self._level = torch.cat([level.flatten() for level in self._levels]).int()
         self._decays = [[slice(None)] if name in decayed else [] for name in names]
         buffers = (self.values, self.moment1, self.moment2, self.gradient)
-        self._whole = _Views(*buffers, _stretches(model))
+        stretches = _stretches(model)
+        self._decayed = torch.zeros_like(self.values[:1])
+        for stretch in stretches:
+            self._decayed[:, stretch] = 1
+        self._whole = _Views(*buffers, [slice(None)] if fuse else stretches)
         self._sliced = model.sliced
         self._may_look = device.type == "cpu" and not model.knobs.capturable
         self._views: dict[int, list[_Views]] = {}
@@ -127,28 +131,34 @@ class ReplicatedAdamW:
         scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         gradient = self.gradient.mul_(scale[:, None])
         self.counts += active
-        rate = learning_rate[:, None] * active
         tables = [self._rate(beta, active) for beta in self.betas]
-        tables = [t.to(self.values) for t in (*tables, rate, rate * weight_decay[:, None])]
+        tables = [t.to(self.values) for t in (*tables, learning_rate[:, None] * active)]
+        decay = weight_decay[:, None].to(self.values)
         top = self._shared_top(active, tables)
         if top is None:
-            self._update(*tables)
+            changed = [self._whole]
+            self._update(decay, *tables)
         else:
-            for views in self._active_views(top):
-                numbers = (t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in tables)
+            changed = self._active_views(top)
+            for views in changed:
+                numbers = (
+                    t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in (decay, *tables)
+                )
                 self._turn_into_step(views, *numbers)
-        step = gradient
         ratios = None
         if measure:
-            ratios = self._block_norms(step) / self._block_norms(self.values)
-        self.values.sub_(step)
+            ratios = self._block_norms(gradient) / self._block_norms(self.values)
+        for views in changed:
+            views.values.sub_(views.gradient)
         return norm, ratios
 
-    def _turn_all_into_step(self, *tables: Tensor) -> None:
-        self._turn_into_step(self._whole, *(self._spread(table) for table in tables))
+    def _turn_all_into_step(self, decay: Tensor, *tables: Tensor) -> None:
+        if self._fused:  # one pass over all of it; a few unequal stretches would be many
+            decay = decay * self._decayed
+        self._turn_into_step(self._whole, decay, *(self._spread(table) for table in tables))
 
     def _turn_into_step(
-        self, views: "_Views", rate1: Tensor, rate2: Tensor, rate: Tensor, decay: Tensor
+        self, views: "_Views", decay: Tensor, rate1: Tensor, rate2: Tensor, rate: Tensor
     ) -> None:
         """Takes gradients in and leaves in their place what is to be subtracted."""
         step = views.gradient
@@ -156,7 +166,7 @@ class ReplicatedAdamW:
         views.moment2.lerp_(step.square_(), rate2)
         torch.sqrt(views.moment2, out=step).add_(self.eps)
         torch.div(views.moment1, step, out=step).mul_(rate)
-        decay = decay.expand_as(step)
+        decay = (rate * decay).expand_as(step)
         for part in views.decayed:
             step[:, part].addcmul_(views.values[:, part], decay[:, part])
 
@@ -204,7 +214,12 @@ class ReplicatedAdamW:
         """
         if self._may_look and bool((table == table[:, :1]).all()):
             return table[:, :1]
-        return table.index_select(1, self._level)
+        if not self._fused:
+            return table.index_select(1, self._level)
+        spread = table[:, :1]  # by choices, since a gather would keep what is fused from vectors
+        for level in range(1, table.shape[1]):
+            spread = torch.where(self._level >= level, table[:, level : level + 1], spread)
+        return spread
 
     def reset_rows(self, rows: list[int]) -> None:
         """Forgets the moments and counts of some replicas."""

@@ -58,7 +58,8 @@ class AdaptiveTransformerRun(TrainingRun):
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
         graphs = self.device.type == "cuda" and config.cuda_graph
-        same = graphs or config.compiles
+        compiles = config.compiles
+        same = graphs or compiles
         self.model = AdaptiveTransformer(
             config.transformer(),
             n_runs,
@@ -68,10 +69,8 @@ class AdaptiveTransformerRun(TrainingRun):
         )
         if same:
             self.model.reserve_noise(config.batch_size * config.context)
-        fuse = fused if config.compiles else _as_it_is
-        self.optimizer = ReplicatedAdamW(
-            self.model, betas=(0.9, config.beta2), max_norm=config.max_gradient_norm, fuse=fuse
-        )
+        betas, max_norm = (0.9, config.beta2), config.max_gradient_norm
+        self.optimizer = ReplicatedAdamW(self.model, betas=betas, max_norm=max_norm, fuse=compiles)
         self.family = build_family(config.task, config.data, config.context, config.unique_bytes)
         self._reader = Reader(self.family, config.context, self.device)
         self.disturbances = Disturbances(config.disturbances, config.disturb, n_runs, self.device)
@@ -80,6 +79,7 @@ class AdaptiveTransformerRun(TrainingRun):
         self._step_cost = self._cost()  # in force; written to, never replaced
         self._budget = Budget(config.budget, self._full_cost(), self.device)
         self.draw_horizon(0)
+        fuse = fused if compiles else _as_it_is
         self._starts, self._training_loss = fuse(self._batch), fuse(self._loss_under_noise)
         record = partial(Graph, state=tuple(self._state().values())) if graphs else _as_it_is
         self._step = record(partial(self._optimizer_step, measure=False))

@@ -10,13 +10,15 @@ inside the softmax: exp(logit) * m(d), normalised; zero outside, so a change of 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_CHUNKS_BEHIND = 4  # of the band: more of them see fewer keys in vain, and copy more
+_CHUNKS_BEHIND = 4  # of the band: more of them see fewer keys in vain, in smaller products
 _SHORTEST_CHUNK = 32
 _BANDED_UP_TO = 0.75  # of the sequence; a longer band costs what the whole does
 EXPLICIT_UP_TO = 128  # tokens; below, batched products beat the fused kernel on CPUs
@@ -52,22 +54,57 @@ def masked_attention(
 
     Logits are divided by the root of `head_dim`, that of the values.
     """
-    n, batch, heads, seq, _ = q.shape
-    keys, head_dim = v.shape[-2:]
-    if keys > EXPLICIT_UP_TO:
+    if k.shape[3] > EXPLICIT_UP_TO:
+        n, batch = q.shape[:2]
         mask = bias[:, None].expand(n, batch, *bias.shape[1:]).flatten(0, 1)
         out = F.scaled_dot_product_attention(
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
             attn_mask=mask.to(q.dtype),
-            scale=1 / math.sqrt(head_dim),
+            scale=1 / math.sqrt(v.shape[-1]),
         )
         return out.unflatten(0, (n, batch))
-    logits = torch.bmm(q.flatten(0, 2) / math.sqrt(head_dim), k.flatten(0, 2).transpose(1, 2))
-    logits = logits.view(n, batch, heads, seq, keys).add_(bias[:, None])
-    weights = torch.softmax(logits, dim=-1).view(-1, seq, keys)
-    return torch.bmm(weights, v.flatten(0, 2)).view(n, batch, heads, seq, head_dim)
+    return _Explicit.apply(q, k, v, bias)
+
+
+class _Explicit(torch.autograd.Function):
+    """Attention by batched products, for sequences so short that the fused kernel does not pay.
+
+    What has few columns, as many as a head has channels, is multiplied transposed, in the
+    backward pass, too: libraries are up to three times as fast at the same product with few rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        n, batch, heads, seq, _ = q.shape
+        keys, head_dim = v.shape[-2:]
+        ctx.bias_heads, ctx.scale = bias.shape[1], 1 / math.sqrt(head_dim)
+        q, k, v = (x.flatten(0, 2) for x in (q, k, v))
+        logits = bias[:, None].expand(n, batch, heads, seq, keys).flatten(0, 2)
+        logits = torch.baddbmm(logits, q, k.transpose(1, 2), alpha=ctx.scale)
+        weights = torch.softmax(logits, dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        out = torch.bmm(v.transpose(1, 2), weights.transpose(1, 2))
+        return out.view(n, batch, heads, head_dim, seq).transpose(3, 4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        shape, grad = grads[0].shape[:3], grads[0].flatten(0, 2)
+        by_weight = torch.bmm(grad, v.transpose(1, 2))
+        by_logit = torch._softmax_backward_data(by_weight, weights, -1, weights.dtype)
+        by_q = torch.bmm(k.transpose(1, 2), by_logit.transpose(1, 2)).mul_(ctx.scale)
+        by_k = torch.bmm(q.transpose(1, 2), by_logit).mul_(ctx.scale)
+        by_v = torch.bmm(grad.transpose(1, 2), weights)
+        by_bias = None
+        if ctx.needs_input_grad[3]:
+            over = 1 if ctx.bias_heads > 1 else (1, 2)
+            by_bias = by_logit.unflatten(0, shape).sum(over)
+            by_bias = by_bias if ctx.bias_heads > 1 else by_bias[:, None]
+        by_qkv = (x.transpose(1, 2).unflatten(0, shape) for x in (by_q, by_k, by_v))
+        return *by_qkv, by_bias
 
 
 def banded_attention(
@@ -89,80 +126,65 @@ def banded_attention(
         ramp: Tokens over which the weight then falls to zero.
         by_distance: Relative bias of each head by distance in tokens.
     """
-    n, batch, _, seq, _ = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    n, batch, heads, seq, _ = q.shape
     scale = 1 / math.sqrt(v.shape[-1])
     reach = math.ceil(span + ramp) - 1  # distance of the furthest key that has any weight
     chunk = max(_SHORTEST_CHUNK, math.ceil(reach / _CHUNKS_BEHIND))
-    n_behind = math.ceil(reach / chunk)
-    shared = torch.tensor([span], device=q.device, dtype=torch.float64)
+    if by_distance is not None:
+        by_distance = by_distance.repeat_interleave(batch, 0).flatten(0, 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias = _last_rows(q.shape[2], k.shape[2], span, ramp, by_distance, q)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
     if span >= seq - 1 and by_distance is None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    elif (n_behind + 1) * chunk > _BANDED_UP_TO * seq:
-        distance = causal_distance(seq, device=q.device, dtype=torch.float64)
-        bias = span_log_weight(distance, shared, ramp).to(q.dtype)
-        if by_distance is not None:
-            bias = (bias + toeplitz(by_distance).to(q.dtype)).repeat_interleave(batch, 0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    else:
-        bias = _band_bias(seq, shared, ramp, chunk, n_behind).to(q.dtype)
-        if by_distance is not None:
-            bias = bias + _by_band_distance(by_distance, chunk, n_behind).to(q.dtype)
-            bias = bias.repeat_interleave(batch, 0)
-        else:
-            bias = bias.expand(n * batch, *bias.shape[1:])
-        out = _banded(q, k, v, bias, chunk, n_behind)
-    return out.unflatten(0, (n, batch))
+        return out.unflatten(0, (n, batch))
+    q, k, v = (x.flatten(0, 2) for x in (q, k, v))
+    if reach + chunk > _BANDED_UP_TO * seq:
+        return attend(q[:, None], k[:, None], v[:, None]).view(n, batch, heads, seq, -1)
+    n_chunks = (seq - reach) // chunk
+    first = seq - n_chunks * chunk  # queries so early that they may see all before them
+    early = attend(*(x[:, None, :first] for x in (q, k, v)))
+    behind = (_Windows.apply(x, first - reach, reach + chunk, chunk) for x in (k, v))
+    late = attend(q[:, first:].unflatten(1, (n_chunks, chunk)), *behind)
+    out = torch.cat((early.squeeze(1), late.flatten(1, 2)), dim=1)
+    return out.view(n, batch, heads, seq, -1)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, chunk: int, n_behind: int) -> Tensor:
-    """Queries in chunks, each with the keys of its own chunk and of those behind it.
+class _Windows(torch.autograd.Function):
+    """Overlapping windows of a sequence, all views of it; their gradients add up in few passes."""
 
-    Chunks lie along the batch, where the fused kernels take them for sequences of their own.
-    """
-    rows, _, seq, _ = q.shape
-    n_chunks = math.ceil(seq / chunk)
-    padding = n_chunks * chunk - seq
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int, size: int, step: int) -> Tensor:
+        ctx.shape, ctx.first, ctx.step = x.shape, first, step
+        return x[:, first:].unfold(1, size, step).transpose(2, 3)
 
-    def chunks(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, padding)).unflatten(2, (n_chunks, chunk)).transpose(1, 2)
-
-    def with_those_behind(x: Tensor) -> Tensor:
-        x = F.pad(chunks(x), (0, 0, 0, 0, 0, 0, n_behind, 0))
-        return torch.cat([x[:, i : i + n_chunks] for i in range(n_behind + 1)], dim=3)
-
-    out = F.scaled_dot_product_attention(
-        chunks(q).flatten(0, 1),
-        with_those_behind(k).flatten(0, 1),
-        with_those_behind(v).flatten(0, 1),
-        attn_mask=bias.flatten(0, 1),
-        scale=1 / math.sqrt(v.shape[-1]),
-    )
-    return out.unflatten(0, (rows, n_chunks)).transpose(1, 2).flatten(2, 3)[:, :, :seq]
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        total = grad.new_zeros(ctx.shape)
+        n_windows = grad.shape[1]
+        for start in range(0, grad.shape[2], ctx.step):
+            part = grad[:, :, start : start + ctx.step].transpose(2, 3)
+            apart = total[:, ctx.first + start :].unfold(1, part.shape[3], ctx.step)
+            apart[:, :n_windows].add_(part)
+        return total, None, None, None
 
 
-def _band_distance(chunk: int, n_behind: int, device: torch.device) -> Tensor:
-    """Distance of every key that a chunk sees from each of its queries, `[query, key]`."""
-    query = torch.arange(chunk, device=device, dtype=torch.float64) + n_behind * chunk
-    key = torch.arange((n_behind + 1) * chunk, device=device, dtype=torch.float64)
-    return query[:, None] - key
-
-
-def _band_bias(seq: int, span: Tensor, ramp: float, chunk: int, n_behind: int) -> Tensor:
-    """Log weights of the keys that each chunk sees, `[1, chunk, 1, query, key]`."""
-    n_chunks = math.ceil(seq / chunk)
-    weight = span_log_weight(_band_distance(chunk, n_behind, span.device), span, ramp)
-    first = (torch.arange(n_chunks, device=span.device) - n_behind) * chunk
-    place = first[:, None] + torch.arange(weight.shape[-1], device=span.device)
-    before = torch.where(place < 0, -torch.inf, 0.0)  # before the first chunk there is nothing
-    return (weight + before[:, None, :])[None, :, None]
-
-
-def _by_band_distance(by_distance: Tensor, chunk: int, n_behind: int) -> Tensor:
-    """A relative bias at those places, `[replica, 1, head, query, key]`."""
-    distance = _band_distance(chunk, n_behind, by_distance.device)
+def _last_rows(
+    n_queries: int, n_keys: int, span: float, ramp: float, by_distance: Tensor | None, like: Tensor
+) -> Tensor:
+    """Bias of the last queries of so many keys, `[1 or replica * batch * head, query, key]`."""
+    precise = torch.promote_types(like.dtype, torch.float32)
+    positions = torch.arange(n_keys, device=like.device, dtype=precise)
+    distance = positions[-n_queries:, None] - positions
+    bias = span_log_weight(distance, torch.full_like(positions[:1], span), ramp).to(like.dtype)
+    if by_distance is None:
+        return bias
     index = distance.clamp(0, by_distance.shape[-1] - 1).long()
-    return by_distance[:, None, :, index]
+    return bias + by_distance[:, index].to(like.dtype)
 
 
 def toeplitz(

@@ -54,6 +54,9 @@ class Knobs(nn.Module):
     rotation_strength: Tensor
     orthogonality_weight: Tensor
     span_bias: Tensor
+    channel_gates: Tensor
+    head_channel_gates: Tensor
+    hidden_gates: Tensor
     channel_level: Tensor
     head_channel_level: Tensor
     hidden_level: Tensor
@@ -88,11 +91,13 @@ class Knobs(nn.Module):
         self.register_buffer("rotation_strength", full(1.0))
         self.register_buffer("orthogonality_weight", full(config.rotary.orthogonality_weight))
         for name, size in (
-            ("channel_level", config.d_model),
-            ("head_channel_level", config.d_model),
-            ("hidden_level", config.hidden_units),
+            ("channel", config.d_model),
+            ("head_channel", config.d_model),
+            ("hidden", config.hidden_units),
         ):
-            self.register_buffer(name, level_of_channel(size, levels).to(device), persistent=False)
+            level = level_of_channel(size, levels).to(device)
+            self.register_buffer(f"{name}_level", level, persistent=False)
+            self.register_buffer(f"{name}_gates", full(1.0, size), persistent=False)
         table = torch.zeros(
             0 if sliced else n, config.context, config.context, device=device, dtype=precise
         )
@@ -252,6 +257,9 @@ class Knobs(nn.Module):
 
     def _refresh_gates(self) -> None:
         gates = self.gates
+        for name in ("channel", "head_channel", "hidden"):  # written in place: graphs read there
+            level, spread = getattr(self, f"{name}_level"), getattr(self, f"{name}_gates")
+            spread.copy_(gates.index_select(1, level))
         if self.capturable:
             self.gates_moving, self.all_open = True, False
             return

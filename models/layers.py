@@ -62,7 +62,7 @@ def attention(x: Tensor, block: nn.ParameterDict, state: Pass, layer: int) -> Te
         k, v = state.cache.append(layer, k, v, angles)
     out = _attend(q, k, v, state, layer).permute(0, 1, 3, 2, 4)
     if rotary.value_rotation:
-        out = turn.values(out, back=True)
+        out = turn.values(out.contiguous(), back=True)
     out = out.reshape(n, n_tokens, heads * head_dim)
     back = _gated(block["attention_out"][:, : heads * head_dim, :d], state.gate_model, state)
     return drop(torch.bmm(out, back), state)

@@ -5,24 +5,27 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy per replica; saves log-probabilities, and its gradient is two passes."""
+    """Mean cross-entropy per replica; saves probabilities, so its gradient takes no exponential."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-        log_p = torch.log_softmax(logits, dim=-1)
-        ctx.save_for_backward(log_p, targets, weight)
-        losses = -log_p.gather(-1, targets[..., None]).squeeze(-1)
+        p = torch.softmax(logits, dim=-1)
+        ctx.save_for_backward(p, targets, weight)
+        target = logits.gather(-1, targets[..., None]).squeeze(-1)
+        losses = logits.amax(-1) - p.amax(-1).log() - target  # a target's own p may underflow
         return losses.mean(dim=1) if weight is None else (losses * weight).sum(dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        log_p, targets, weight = ctx.saved_tensors
-        share = 1 / log_p.shape[1] if weight is None else weight[..., None]
+        p, targets, weight = ctx.saved_tensors
+        share = 1 / p.shape[1] if weight is None else weight[..., None]
         scale = grads[0][:, None, None] * share
-        grad = log_p.exp().mul_(scale)
+        grad = p * scale
         grad.scatter_add_(-1, targets[..., None], -scale.expand(*targets.shape, 1))
         return grad, None, None
 

@@ -353,9 +353,9 @@ class AdaptiveTransformer(nn.Module):
         share = config.width_levels[knobs.top_level] if self.sliced else 1.0
         d, hidden = round(config.d_model * share), round(config.hidden_units * share)
         heads = round(config.n_heads * share)
-        gates = knobs.gates.to(self.embedding.dtype)
-        channel = gates[:, knobs.channel_level[:d]]
-        head_channels = gates[:, knobs.head_channel_level[: heads * config.head_dim]]
+        dtype = self.embedding.dtype
+        channel = knobs.channel_gates[:, :d].to(dtype)
+        head_channels = knobs.head_channel_gates[:, : heads * config.head_dim].to(dtype)
         _, batch, seq = tokens.shape
         keep = None
         if noise is not None and knobs.dropout_on:
@@ -367,7 +367,7 @@ class AdaptiveTransformer(nn.Module):
             rotation=self.rotation,
             gate_model=channel[:, None, :],
             gate_heads=head_channels.repeat(1, 3)[:, None, :],
-            gate_hidden=gates[:, None, knobs.hidden_level[:hidden]],
+            gate_hidden=knobs.hidden_gates[:, None, :hidden].to(dtype),
             inverse_width=1 / channel.square().sum(dim=1)[:, None, None],
             d_model=d,
             n_heads=heads,

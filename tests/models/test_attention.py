@@ -98,6 +98,31 @@ def test_banded_equals_masked_for_any_length_span_and_ramp(seq, span, ramp, seed
     assert_same([banded_attention(q, k, v, span, ramp)], [masked], 1e-9)
 
 
+@pytest.mark.parametrize("bias_heads", [1, 3])
+def test_gradients_are_those_of_differences_for_the_bias_too(bias_heads):
+    inputs = draw(4, batch=2, head_dim=2)
+    relative = torch.randn(2, bias_heads, 4, 4, dtype=torch.float64).requires_grad_()
+
+    def out(q, k, v, relative):
+        return masked_attention(q, k, v, bias(4, [2.0, 3.5], 2.0) + relative)
+
+    assert torch.autograd.gradcheck(out, (*inputs, relative))
+
+
+def test_gradients_of_a_band_are_those_of_differences():
+    inputs = draw(80, replicas=1, batch=1, heads=1, head_dim=1)
+    assert torch.autograd.gradcheck(lambda *qkv: banded_attention(*qkv, 5.0, 3.0), inputs)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    q, k, v = draw(4)
+    (grad,) = torch.autograd.grad(
+        masked_attention(q, k, v, bias(4, [2.0, 3.5], 2.0)).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_the_fused_masked_path_equals_the_explicit_one(monkeypatch):
     inputs = draw(EXPLICIT_UP_TO + 5)
     mask = bias(EXPLICIT_UP_TO + 5, [20.0, 90.0], 7.0)
