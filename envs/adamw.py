@@ -97,14 +97,18 @@ class ReplicatedAdamW:
             p.data = self.values[:, start : start + size].view(p.shape)
             start += size
 
-    def collect_gradient(self) -> Float[Tensor, " replica"]:
+    def _collect_gradient(self, changed: list[_Views]) -> Float[Tensor, " replica"]:
         """Moves the parameters' gradients into the buffer; returns each replica's norm."""
         n = len(self.values)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         torch.cat([g.reshape(n, -1) for g in gradients], dim=1, out=self.gradient)
         for p in self._parameters:
             p.grad = None
-        return torch.linalg.vector_norm(self.gradient, dim=1)
+        norms = [
+            torch.linalg.vector_norm(views.gradient, dim=tuple(range(1, views.gradient.dim())))
+            for views in changed
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms[1:] else norms[0]
 
     @torch.no_grad()
     def step(
@@ -127,27 +131,25 @@ class ReplicatedAdamW:
             Gradient norm before clipping, and with `measure` the update-to-weight ratio
             ||p_new - p|| / ||p|| of each parameter tensor but the rotation's.
         """
-        norm = self.collect_gradient()
-        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradient = self.gradient.mul_(scale[:, None])
         self.counts += active
         tables = [self._rate(beta, active) for beta in self.betas]
         tables = [t.to(self.values) for t in (*tables, learning_rate[:, None] * active)]
         decay = weight_decay[:, None].to(self.values)
         top = self._shared_top(active, tables)
+        changed = [self._whole] if top is None else self._active_views(top)
+        norm = self._collect_gradient(changed)
+        scale = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for views in changed:
+            views.gradient.mul_(_along(views, scale))
         if top is None:
-            changed = [self._whole]
             self._update(decay, *tables)
         else:
-            changed = self._active_views(top)
             for views in changed:
-                numbers = (
-                    t[:, :1].view(-1, *(1,) * (views.values.dim() - 1)) for t in (decay, *tables)
-                )
+                numbers = (_along(views, t[:, 0]) for t in (decay, *tables))
                 self._turn_into_step(views, *numbers)
         ratios = None
         if measure:
-            ratios = self._block_norms(gradient) / self._block_norms(self.values)
+            ratios = self._block_norms(self.gradient) / self._block_norms(self.values)
         for views in changed:
             views.values.sub_(views.gradient)
         return norm, ratios
@@ -248,6 +250,11 @@ def _stretches(model: AdaptiveTransformer) -> list[slice]:
             stretches.append(slice(start, end))
         start = end
     return stretches
+
+
+def _along(views: _Views, number: Tensor) -> Tensor:
+    """One number per replica, to be broadcast over what is stepped."""
+    return number.view(-1, *(1,) * (views.values.dim() - 1))
 
 
 def _active(whole: Tensor, active: Tensor) -> Tensor:

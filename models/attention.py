@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from models.gradient import first_derivative_only
 
 _CHUNKS_BEHIND = 4  # of the band: more of them see fewer keys in vain, in smaller products
 _SHORTEST_CHUNK = 32
@@ -89,7 +90,7 @@ class _Explicit(torch.autograd.Function):
         return out.view(n, batch, heads, head_dim, seq).transpose(3, 4)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         shape, grad = grads[0].shape[:3], grads[0].flatten(0, 2)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from models.gradient import first_derivative_only
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -20,7 +21,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.mean(dim=1) if weight is None else (losses * weight).sum(dim=1)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         p, targets, weight = ctx.saved_tensors
         share = 1 / p.shape[1] if weight is None else weight[..., None]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from models.gradient import first_derivative_only
 from models.rotary.component import Component, Shape, draw
 from models.rotary.pairs import at_least_float32
 
@@ -127,7 +127,7 @@ class _Reversible(torch.autograd.Function):
         return product
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         cosine, sine, partner, pair, sign, product = ctx.saved_tensors
         both = torch.stack((product, grads[0]))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from models.gradient import first_derivative_only
 from models.rotary.pairs import as_channels, as_pairs, at_least_float32, rotate_pairs
 
 
@@ -83,7 +83,7 @@ class _Multiplied(torch.autograd.Function):
         return _with_rows(weight, torch.bmm(rows, matrix.flatten(0, 1)), heads, parts)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, matrix = ctx.saved_tensors
         heads = matrix.shape[1]

@@ -102,6 +102,20 @@ def test_masked_equals_sliced_at_any_knobs(width, span, base, dropout, seq):
     torch.testing.assert_close(outs[1], outs[0], atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("rotation", ["rope", "givens", "cayley"])
+def test_a_second_derivative_is_refused_and_not_wrong(rotation):
+    model = AdaptiveTransformer(TransformerConfig(d_model=16, context=8, rotation=rotation), 2)
+    model.initialise([0, 1], [0, 1])
+    tokens = torch.arange(18).view(2, 1, 9)
+    for weights in ([model.unembedding], list(model.parameters())):
+        loss = cross_entropy(model(tokens[..., :-1]), tokens[..., 1:]).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(loss, weights, create_graph=True)
+    logits = model(tokens[..., :-1])
+    with pytest.raises(RuntimeError, match="no second derivative"):  # of attention
+        torch.autograd.grad(logits.square().sum(), model.embedding, create_graph=True)
+
+
 def test_the_model_equals_a_plain_transformer_written_out():
     model = build(n_layers=2, context=8, rope_base=100.0)
     tokens = draw_tokens(batch=1, seq=8)
