@@ -92,15 +92,16 @@ def features(width: float, span: float) -> list[float]:
     config = TransformerConfig(**SHAPE)  # type: ignore[arg-type]
     seq, d = SHAPE["context"], SHAPE["d_model"] * width
     heads, layers = SHAPE["n_heads"] * width, SHAPE["n_layers"]
-    reach = min(seq, 2 * (span + config.ramp))
+    reach = min(seq, 1.25 * (span + config.ramp))
     activations = BATCH * seq * (layers * (30 * d + 8 * 4 * d + 4 * heads * reach) + 8 * 256)
-    parameters = 12 * layers * SHAPE["d_model"] ** 2  # the optimizer passes over all of them
+    all_of_them = 12 * layers * SHAPE["d_model"] ** 2  # their gradients are, and are collected
+    active = 12 * layers * d**2  # the optimizer passes over these
     flops = float(training_flops(config, width=width, span=span, batch=BATCH, seq=seq))
-    return [flops, 4.0 * (activations + 10 * parameters), 1.0]
+    return [flops, 4.0 * (activations + 4 * all_of_them + 8 * active), 1.0]
 
 
 def fitted(seconds: dict[tuple[float, float], float]) -> dict[str, Any]:
-    """Leaves each step out in turn, and predicts it from a fit to the others."""
+    """A fit to all steps; and each left out in turn, and predicted from a fit to the others."""
     keys = list(seconds)
     x, y = np.array([features(*key) for key in keys]), np.array([seconds[key] for key in keys])
     scale = x.max(axis=0)
@@ -112,9 +113,11 @@ def fitted(seconds: dict[tuple[float, float], float]) -> dict[str, Any]:
         predicted = float(x[i] / scale @ coefficients)
         errors[f"width {width:g}, span {span:g}"] = predicted / y[i] - 1
     coefficients, _ = nnls((x / scale) / y[:, None], np.ones(len(y)))
+    residuals = x / scale @ coefficients / y - 1
     names = ("seconds_per_flop", "seconds_per_byte", "seconds_per_step")
     return {
         **dict(zip(names, (coefficients / scale).tolist(), strict=True)),
+        "relative_error": dict(zip(errors, residuals.tolist(), strict=True)),
         "relative_error_left_out": errors,
         "largest_relative_error": max(abs(error) for error in errors.values()),
     }

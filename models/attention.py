@@ -179,13 +179,12 @@ def _last_rows(
 ) -> Tensor:
     """Bias of the last queries of so many keys, `[1 or replica * batch * head, query, key]`."""
     precise = torch.promote_types(like.dtype, torch.float32)
-    positions = torch.arange(n_keys, device=like.device, dtype=precise)
-    distance = positions[-n_queries:, None] - positions
-    bias = span_log_weight(distance, torch.full_like(positions[:1], span), ramp).to(like.dtype)
-    if by_distance is None:
-        return bias
-    index = distance.clamp(0, by_distance.shape[-1] - 1).long()
-    return bias + by_distance[:, index].to(like.dtype)
+    distance = torch.arange(n_keys - 1, -n_queries, -1, device=like.device, dtype=precise)
+    shared = torch.full_like(distance[:1], span)
+    relative = span_log_weight(distance[None], shared, ramp)[:, 0]
+    if by_distance is not None:
+        relative = relative + by_distance[:, distance.clamp(0, by_distance.shape[1] - 1).long()]
+    return relative.to(like.dtype).unfold(-1, n_keys, 1).flip(-2)
 
 
 def toeplitz(
