@@ -38,6 +38,13 @@ class Pass:
     watch: Watch | None = None
 
 
+def embed(tokens: Tensor, table: Tensor, state: Pass) -> Tensor:
+    """The active channels of each token, `[replica, token]` to `[replica, token, channel]`."""
+    rows = torch.arange(len(table), device=tokens.device)[:, None]
+    table = _gated(table[:, :, : state.d_model], state.gate_model, state)
+    return drop(table[rows, tokens], state)
+
+
 def attention(x: Tensor, block: nn.ParameterDict, state: Pass, layer: int) -> Tensor:
     """Causal attention of one block, its output projection included."""
     n, n_tokens, d = x.shape

@@ -15,7 +15,7 @@ from models.generation import generate
 from models.initial import draw_weights
 from models.internals import Watch
 from models.knobs import Knobs
-from models.layers import Pass, attention, drop, feed_forward, normalise
+from models.layers import Pass, attention, embed, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
 from models.rotary import Rotary, fold
 
@@ -322,6 +322,13 @@ class AdaptiveTransformer(nn.Module):
         if tokens.dim() != 3 or len(tokens) != self.n_replicas or tokens.shape[2] > longest:
             wanted = f"[{self.n_replicas}, batch, at most {longest}]"
             raise ValueError(f"tokens must have shape {wanted}, got {list(tokens.shape)}")
+        if tokens.device.type != "cpu" or self.knobs.capturable or torch.compiler.is_compiling():
+            return  # nobody waits for numbers there
+        last = self.config.vocab_size - 1
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= last:
+            raise ValueError(
+                f"tokens must be in [0, {last}], got {int(tokens.min())} to {int(tokens.max())}"
+            )
 
     def _logits(
         self,
@@ -332,7 +339,7 @@ class AdaptiveTransformer(nn.Module):
     ) -> Tensor:
         state = self._prepare(tokens, noise, cache)
         state.watch = watch
-        x = self._embed(tokens.flatten(1), state)
+        x = embed(tokens.flatten(1), self.embedding, state)
         for layer, module in enumerate(self.blocks):
             block = cast(nn.ParameterDict, module)
             x = x + attention(normalise(x, state), block, state, layer)
@@ -391,10 +398,3 @@ class AdaptiveTransformer(nn.Module):
         raw = self.reserve_noise(n_tokens).read(noise, n_places).unflatten(2, (n_tokens, -1))
         masks = keep_mask(raw[..., :d], self.knobs.dropout, self.embedding.dtype)
         return list(reversed(masks.unbind(1)))
-
-    def _embed(self, tokens: Tensor, state: Pass) -> Tensor:
-        rows = torch.arange(self.n_replicas, device=tokens.device)[:, None]
-        table = self.embedding[:, :, : state.d_model]
-        if not self.knobs.all_open:
-            table = table * state.gate_model
-        return drop(table[rows, tokens], state)

@@ -280,7 +280,7 @@ def start(tmp_path, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["pbt", pytest.param("pb2", marks=pytest.mark.soak)])
 def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, scheduler):
-    run = start(tmp_path, scheduler=scheduler, every=14)
+    run = start(tmp_path, scheduler=scheduler, every=20)
     out, err = run.communicate(timeout=250)
     assert run.returncode == 0, err
     assert "Traceback" not in out + err and "Warning" not in err

@@ -290,6 +290,16 @@ def test_a_model_cast_to_bfloat16_still_runs():
     assert torch.isfinite(model(draw_tokens())).all()
 
 
+@pytest.mark.parametrize("token", [-100, 256])
+def test_tokens_that_are_none_are_refused_with_the_range(token):
+    tokens = torch.zeros(1, 1, 8, dtype=torch.long)
+    tokens[0, 0, 3] = token
+    model = AdaptiveTransformer(TransformerConfig(d_model=16, context=8))
+    ends = f"{min(token, 0)} to {max(token, 0)}"
+    with pytest.raises(ValueError, match=rf"tokens must be in \[0, 255\], got {ends}"):
+        model(tokens)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 8), (1, 1, 25)])
 @pytest.mark.parametrize("read", ["forward", "internal_signals", "generate"])
 def test_tokens_of_another_shape_are_refused_with_both_shapes(shape, read):
