@@ -21,7 +21,7 @@ SMALL_RUNS = (
     "environment.options.context=16",
     "environment.options.d_model=16",
 )
-SMALL_PPO = ("ppo.n_steps=5", "ppo.batch_size=20", "ppo.hidden=[8]")
+SMALL_PPO = ("ppo.n_steps=5", "ppo.batch_size=20", "ppo.hidden=[8]", "set_point_runs=4")
 TEXT = b"the quick brown fox jumps over the lazy dog; " * 200
 
 

@@ -38,6 +38,7 @@ TINY = {
     "ppo.total_timesteps": 480,
     "ppo.n_epochs": 2,
     "ppo.batch_size": 80,
+    "set_point_runs": 4,
 }
 
 

@@ -30,6 +30,7 @@ TINY = {
         "n_workers": 0,
     },
     "ppo": {"total_timesteps": 80, "n_steps": 5, "batch_size": 20, "n_epochs": 2, "hidden": [16]},
+    "set_point_runs": 4,
 }
 # Six decisions per run and four per rollout: checkpoints fall into the middle of runs.
 TOYS = {
