@@ -82,9 +82,8 @@ class _Explicit(torch.autograd.Function):
         keys, head_dim = v.shape[-2:]
         ctx.bias_heads, ctx.scale = bias.shape[1], 1 / math.sqrt(head_dim)
         q, k, v = (x.flatten(0, 2) for x in (q, k, v))
-        logits = bias[:, None].expand(n, batch, heads, seq, keys).flatten(0, 2)
-        logits = torch.baddbmm(logits, q, k.transpose(1, 2), alpha=ctx.scale)
-        weights = torch.softmax(logits, dim=-1)
+        logits = q.new_empty(n, batch, heads, seq, keys).copy_(bias[:, None]).flatten(0, 2)
+        weights = torch.softmax(logits.baddbmm_(q, k.transpose(1, 2), alpha=ctx.scale), dim=-1)
         ctx.save_for_backward(q, k, v, weights)
         out = torch.bmm(v.transpose(1, 2), weights.transpose(1, 2))
         return out.view(n, batch, heads, head_dim, seq).transpose(3, 4)
