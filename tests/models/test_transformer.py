@@ -290,6 +290,22 @@ def test_a_model_cast_to_bfloat16_still_runs():
     assert torch.isfinite(model(draw_tokens())).all()
 
 
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("rotation", ["rope", "fire+value", "givens"])
+def test_under_autocast_gradients_are_nearly_those_of_full_precision(rotation, n):
+    model = AdaptiveTransformer(TransformerConfig(d_model=16, context=16, rotation=rotation), n)
+    model.initialise(list(range(n)), list(range(n)))
+    tokens = torch.arange(n * 34).view(n, 2, 17) * 7 % 256
+    found = []
+    for coarse in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=coarse):
+            loss = cross_entropy(model(tokens[..., :-1]), tokens[..., 1:]).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    exact, coarse = found
+    assert 0 < (coarse - exact).norm() < 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("token", [-100, 256])
 def test_tokens_that_are_none_are_refused_with_the_range(token):
     tokens = torch.zeros(1, 1, 8, dtype=torch.long)
