@@ -213,7 +213,7 @@ def _evaluate(command: Evaluate) -> int:
         controls=True,
         each_group=full,
         each_knob=full,
-        beforehand=full,
+        beforehand=full or command.beforehand,
         population=8 if full else 0,
         disturbed=full,
         schedule_runs=command.schedule_runs,
@@ -256,7 +256,7 @@ def _folder_of_runs(run_dir: Path) -> Path:
 
 
 def _require_headroom_options(command: Evaluate) -> None:
-    for flag in ("update_card", "figure", "rival", "static", "linear_runs"):
+    for flag in ("update_card", "figure", "rival", "static", "linear_runs", "beforehand"):
         if getattr(command, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
     if command.suite != "quick":

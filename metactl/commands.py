@@ -105,7 +105,9 @@ class Evaluate:
     data: Annotated[Path | None, _by_default("held-out part of what it was trained on")] = None
     """File or folder of text."""
     suite: Literal["quick", "full"] = "quick"
-    """full: also PBT, single signals swapped, single knobs, tuning beforehand, disturbed runs."""
+    """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs."""
+    beforehand: bool = False
+    """Also tune a static setting on tasks of meta-training, and begin the policy there."""
     headroom: bool = False
     """Instead of the policy: how far static settings and schedules are apart, by task family."""
     families: tuple[str, ...] = ("text", "recall", "waves")

@@ -141,13 +141,14 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     static = ("--static", "dropout=0,embedding_width=0.5")
     twin = shutil.copytree(trained / "policy", tmp_path / "twin")
     small = (*static, "--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
-    small += ("--rival", twin, "--json", report, "--figure", figure)
+    small += ("--rival", twin, "--json", report, "--figure", figure, "--beforehand")
     assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
     summary = json.loads(report.read_text())
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
-    arms |= {f"rival {twin}"}
+    arms |= {f"rival {twin}", "best static of training tasks", "the same by size of the data"}
+    arms |= {"policy from there", "policy from the worst static"}  # beforehand
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
@@ -299,6 +300,7 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "--figure is about a policy" in refused(capsys, *headroom, "--figure", new / "a.png")
     assert "--rival is about a policy" in refused(capsys, *headroom, "--rival", policy)
     assert "--static is about a policy" in refused(capsys, *headroom, "--static", "dropout=0")
+    assert "--beforehand is about a policy" in refused(capsys, *headroom, "--beforehand")
     assert "--suite full is about a policy" in refused(capsys, *headroom, "--suite", "full")
     late = ("--families", "text", "digits", "--run-dir", new)
     assert "task 'digits' needs a context of 64" in refused(capsys, *headroom, *late)
