@@ -54,9 +54,8 @@ class RunConfig:
         internal: Also read signals from inside the models (`metactl.signals.INTERNAL`), at each
             control step; slower by one to two optimizer steps.
         device: Torch device, such as `"cpu"` or `"cuda"`.
-        cuda_graph: On a GPU, replay the optimizer step as one CUDA graph, unless something can
-            befall the runs (`disturb`). Without it and without `compile`, a single run computes
-            only what its knobs leave active.
+        cuda_graph: On a GPU, replay the optimizer step as one CUDA graph. Without it and
+            without `compile`, a single run computes only what its knobs leave active.
         compile: Fuse the optimizer step by `torch.compile`: up to a minute at the start of every
             worker (less where it was compiled before), then faster steps. By default on a GPU where
             there is a C++ compiler.
