@@ -21,16 +21,17 @@ import numpy as np
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl.config import parse_assignment
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms, static_arm
 from metactl.evaluation.arms import from_arm
 from metactl.evaluation.place import Counter
 from metactl.evaluation.summary import column, plain
-from metactl.knobs import FloatArray, KnobSet
+from metactl.knobs import FloatArray
 from metactl.policy import Policy
 from metactl.progress import bar
+from metactl.report import panels
 from metactl.shards import default_workers
 from metactl.statistics import gap_closed, paired_difference
 
@@ -85,13 +86,11 @@ def main(options: Options) -> None:
         seed = kept[max(kept)].card.training["config"]["seed"]
         curves.append({"seed": seed, "points": points, "whole_gap": _first(points)})
     figures = {
-        "machine": machine(),
-        "commit": commit(),
         "n_tasks": len(held["default"]),
         "losses": {name: float(loss.mean()) for name, loss in held.items()},
         "curves": curves,
     }
-    options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write(options.json, figures)
     for curve in curves:
         last, first = curve["points"][-1], curve["whole_gap"]
         end = f"seed {curve['seed']}: ends at {_percent(last)} of the gap"
@@ -149,7 +148,7 @@ def _played(
         folder=options.run_dir,
     )
     with closing(where.open()) as shards, bar("Policies from along the way") as progress:
-        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        default = shards.knobs.default_positions(1)[0]
         arms = [static_arm("default", default)]
         for training, kept in policies.items():
             arms += [from_arm(p, f"{training} {steps}", default) for steps, p in kept.items()]
@@ -176,31 +175,23 @@ def _first(points: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def draw(path: Path, curves: Sequence[dict[str, Any]]) -> None:
     """The share of the gap that each training closes, by its control steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
     all_points = [curve["points"] for curve in curves]
     steps = [point["control_steps"] for point in all_points[0]]
     found = [[p["gap_closed"]["estimate"] for p in points] for points in all_points]
     shares = np.array(found, dtype=np.float64)  # NaN where there is no gap
-    beside, lowest = 1.01 * steps[-1], -np.inf
-    for i in shares[:, -1].argsort():
-        axes.plot(steps, 100 * shares[i], color="tab:blue", alpha=0.4, lw=1, marker=".")
-        lowest = max(100 * shares[i, -1], lowest + 8)  # names of curves that end together
-        axes.text(beside, lowest, f"seed {curves[i]['seed']}", fontsize=7, va="center")
-    axes.plot(steps, 100 * shares.mean(axis=0), color="tab:blue", lw=2.5, label="mean of trainings")
-    axes.axhline(100, color="grey", lw=1, ls="--", label="best static setting for each task")
-    axes.axhline(0, color="grey", lw=1, ls=":", label="best static setting")
-    axes.set_xlabel("control steps of training")
-    axes.set_ylabel("share of the gap closed (%)")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with panels(path, "", 1, 1, figsize=(7, 4)) as ((axis,),):
+        beside, lowest = 1.01 * steps[-1], -np.inf
+        for i in shares[:, -1].argsort():
+            axis.plot(steps, 100 * shares[i], color="tab:blue", alpha=0.4, lw=1, marker=".")
+            lowest = max(100 * shares[i, -1], lowest + 8)  # names of curves that end together
+            axis.text(beside, lowest, f"seed {curves[i]['seed']}", fontsize=7, va="center")
+        mean = 100 * shares.mean(axis=0)
+        axis.plot(steps, mean, color="tab:blue", lw=2.5, label="mean of trainings")
+        axis.axhline(100, color="grey", lw=1, ls="--", label="best static setting for each task")
+        axis.axhline(0, color="grey", lw=1, ls=":", label="best static setting")
+        axis.set_xlabel("control steps of training")
+        axis.set_ylabel("share of the gap closed (%)")
+        axis.legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The limit of a shape: the batched matrix products of one optimizer step, and nothing else."""
 
-import multiprocessing
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.plain import peak_memory, rate_of
+from benchmarks.plain import peak_memory, rate_of, together
 from envs.graph import Graph
 
 Product = tuple[int, int, int, int]  # batch, rows, inner, columns
@@ -58,15 +57,6 @@ def steps_per_second(
     device: str,
 ) -> tuple[float, float]:
     """Replica steps per second of all processes together, and their peak memory in MiB."""
-    context = multiprocessing.get_context("spawn")
     shapes = products(n_envs, batch_size, **shape)
-    pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
-    processes = [
-        context.Process(target=_work, args=(shapes, seconds, device, theirs)) for _, theirs in pipes
-    ]
-    for process in processes:
-        process.start()
-    answers = [ours.recv() for ours, _ in pipes]
-    for process in processes:
-        process.join()
-    return n_envs * sum(rate for rate, _ in answers), sum(memory for _, memory in answers)
+    rate, memory = together(_work, (shapes, seconds, device), n_processes)
+    return n_envs * rate, memory

@@ -23,7 +23,7 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.plain import VOCABULARY, Transformer
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl import Controller
 from metactl.controllers import RandomMoves
 
@@ -113,10 +113,8 @@ def main(options: Options) -> None:
         "seconds": seconds,
         "options": {**asdict(options), "json": str(options.json)},
         "threads": torch.get_num_threads(),
-        "machine": machine(),
-        "commit": commit(),
     }
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(options.json, report)
     print(json.dumps({name: report[name] for name in ("median_ratio", "median_share")}))
 
 

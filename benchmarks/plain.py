@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metactl.worker import set_up_torch
+
 VOCABULARY = 256
 _WARM_UP = 20  # steps
 
@@ -62,8 +64,7 @@ class Transformer(nn.Module):
 
 
 def _work(shape: dict[str, int], batch_size: int, seconds: float, device: str, answer: Any) -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_up_torch()
     model = Transformer(**shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     data, window = torch.randint(0, VOCABULARY, (100_000,)).to(device), shape["context"] + 1
@@ -82,7 +83,7 @@ def _work(shape: dict[str, int], batch_size: int, seconds: float, device: str, a
     answer.send((rate_of(step, seconds, device), peak_memory(device)))
 
 
-def rate_of(step: Callable[[], None], seconds: float, device: str) -> float:
+def rate_of(step: Callable[[], object], seconds: float, device: str) -> float:
     """How often per second a step is done, after some to warm up."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(_WARM_UP):
@@ -103,19 +104,29 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def steps_per_second(
-    shape: dict[str, int], batch_size: int, n_processes: int, seconds: float, device: str
+def together(
+    work: Callable[..., None], arguments: tuple[Any, ...], n_processes: int
 ) -> tuple[float, float]:
-    """Optimizer steps per second of all processes together, and their peak memory in MiB."""
+    """Sums over processes that work at once: of their rates, and of their peak memory in MiB.
+
+    Args:
+        work: Called in each of them with the arguments and a pipe, to which it sends the two.
+        arguments: All but the pipe.
+        n_processes: How many.
+    """
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(n_processes)]
-    processes = [
-        context.Process(target=_work, args=(shape, batch_size, seconds, device, theirs))
-        for _, theirs in pipes
-    ]
+    processes = [context.Process(target=work, args=(*arguments, theirs)) for _, theirs in pipes]
     for process in processes:
         process.start()
     answers = [ours.recv() for ours, _ in pipes]
     for process in processes:
         process.join()
     return sum(rate for rate, _ in answers), sum(memory for _, memory in answers)
+
+
+def steps_per_second(
+    shape: dict[str, int], batch_size: int, n_processes: int, seconds: float, device: str
+) -> tuple[float, float]:
+    """Optimizer steps per second of all processes together, and their peak memory in MiB."""
+    return together(_work, (shape, batch_size, seconds, device), n_processes)

@@ -18,7 +18,7 @@ process and replayed CUDA graphs, and the processes of the others share the GPU.
 """
 
 import gc
-import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -32,10 +32,11 @@ import torch
 import tyro
 
 from benchmarks import limit, plain
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl.config import EnvironmentConfig, PPOConfig, TrainConfig
 from metactl.shards import ShardRow, default_workers
 from metactl.train import train
+from metactl.worker import set_up_torch
 
 SHAPES = {
     "tiny": {"d_model": 32, "n_heads": 4, "n_layers": 2, "context": 32},
@@ -47,7 +48,7 @@ PER_CONTROL_STEP = 10  # optimizer steps
 ENV_ID = "envs:AdaptiveTransformer-v0"
 ALONE = ("single", "plain", "subproc")  # sides that know no populations
 TOGETHER = ("ours", "compiled", "coarse", "ppo", "limit")
-POPULATION = {  # what its options are
+POPULATION: dict[str, dict[str, Any]] = {  # what its options are
     "ours": {"compile": False},
     "compiled": {"compile": True},
     "coarse": {"compile": True, "matmul_precision": "medium"},
@@ -126,7 +127,7 @@ def population(
     options = _options(side, shape, device)
     with ShardRow(ENV_ID, each, options, 0 if device == "cuda" else workers) as row:
         row.call("reset", [(i * each,) for i in range(workers)])
-        n_knobs = len(row.describe()["knobs"])
+        n_knobs = len(row.knobs)
         rng = np.random.default_rng(0)
 
         def step() -> None:
@@ -135,7 +136,9 @@ def population(
         rate = _steps_per_second(step, each * workers, seconds)
         if device == "cuda":
             return rate, plain.peak_memory(device)
-        return rate, _peak_memory([worker.process.pid or 0 for worker in row._workers])
+        return rate, _peak_memory(
+            [process.pid or 0 for process in multiprocessing.active_children()]
+        )
 
 
 def subproc(shape: dict[str, int], seconds: float, device: str) -> Figures:
@@ -165,8 +168,7 @@ class _Single:
     def __call__(self) -> Any:
         import gymnasium
 
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+        set_up_torch()
         return gymnasium.make(ENV_ID, **self.options)
 
 
@@ -255,13 +257,11 @@ def main() -> None:
     report: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
         "shapes": {},
-        "machine": machine(options.device),
-        "commit": commit(),
     }
     for name in options.shapes:
         for row, so_far in compare(SHAPES[name], options):
             report["shapes"][name] = {"shape": SHAPES[name], "populations": so_far}
-            options.json.write_text(json.dumps(report, indent=2) + "\n")
+            write(options.json, report, options.device)
             rates = "  ".join(f"{k} {v:.0f}" for k, v in row["steps_per_second"].items())
             print(f"{name:7s} {row['n_runs']:3d} runs: {rates} optimizer steps/s", flush=True)
 

@@ -1,5 +1,6 @@
-"""Where figures come from: the commit and the machine."""
+"""Where figures come from, the commit and the machine, and where they go."""
 
+import json
 import os
 import platform
 import subprocess
@@ -29,3 +30,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         model = names[0].partition(":")[2].strip() if names else model
     about = {"processor": model, "cores": default_workers(), "torch": torch.__version__}
     return about | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def write(path: Path, figures: dict[str, Any], device: str = "cpu") -> None:
+    """Writes figures as JSON, with the machine and the commit that they are of."""
+    figures = {**figures, "machine": machine(device), "commit": commit()}
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

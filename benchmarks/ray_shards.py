@@ -11,6 +11,7 @@
 """
 
 import json
+import logging
 import pickle
 import statistics
 import time
@@ -25,7 +26,7 @@ import torch
 import tyro
 from stable_baselines3.common.callbacks import BaseCallback
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl.cluster import use_token
 from metactl.config import TrainConfig, changed
 from metactl.ray_worker import RayWorker
@@ -68,9 +69,9 @@ def main(options: Options) -> None:
     head = {"num_cpus": 1, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     nodes.add_node(num_cpus=1)
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+    ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
     recorded = record(options.n_envs_gpu)
-    figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "options": _SHAPE}
+    figures: dict[str, Any] = {"options": _SHAPE}
     parts: dict[str, Callable[[], Any]] = {
         "beside": lambda: beside(options),
         "crowd": lambda: [crowd(options, n, recorded) for n in options.crowds],
@@ -79,7 +80,7 @@ def main(options: Options) -> None:
     for name, measured in parts.items():
         figures[name] = measured()
         print(name, json.dumps(figures[name]))
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        write(options.json, figures)
     ray.shutdown()
     nodes.shutdown()
 
@@ -88,6 +89,7 @@ def beside(options: Options) -> dict[str, float]:
     place = (ENV_ID, options.n_envs, _SHAPE, 2)
     with ShardRow(*place) as processes, ShardRow(*place, spawn=RayWorker) as actors:
         sides = {"processes": ShardVecEnv(processes), "actors": ShardVecEnv(actors)}
+        n_knobs = len(processes.knobs)
         rng = np.random.default_rng(0)
         for env in sides.values():
             env.seed(0)
@@ -95,7 +97,7 @@ def beside(options: Options) -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(options.rounds + 1):
             for name, env in sides.items():
-                moves = rng.uniform(-1, 1, (options.steps, env.num_envs, *env.action_space.shape))
+                moves = rng.uniform(-1, 1, (options.steps, env.num_envs, n_knobs))
                 begun = time.perf_counter()
                 for move in moves:
                     env.step(move.astype(np.float32))
@@ -121,7 +123,7 @@ class Recorded:
 def record(n_envs: int) -> Recorded:
     shard = Shard(ENV_ID, n_envs, _SHAPE)
     first = shard.reset(0)
-    step = shard.step(np.zeros((n_envs, *shard.env.single_action_space.shape)))
+    step = shard.step(np.zeros((n_envs, len(shard.describe()["knobs"]))))
     recorded = Recorded(about=shard.describe(), first=first, step=step, state=shard.state_dict())
     shard.close()
     return recorded

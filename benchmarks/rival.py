@@ -9,7 +9,6 @@ at once.
 """
 
 import importlib.util
-import json
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
 from metactl.evaluation.arms import from_arm
 from metactl.evaluation.place import Counter
 from metactl.evaluation.summary import column, plain
-from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.progress import bar
 from metactl.shards import default_workers
@@ -87,7 +85,7 @@ def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
     env_id, options = deployment(policy, options, data=place.data)
     where = Where(env_id=env_id, options=options, n_envs=16, n_workers=default_workers())
     with closing(where.open()) as shards, bar("Paired runs") as progress:
-        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        default = shards.knobs.default_positions(1)[0]
         arms = [from_arm(each, name, default) for name, each in policies.items()]
         count = Counter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
@@ -114,10 +112,10 @@ def main() -> None:
         print(f"rival: {error}", file=sys.stderr)
         sys.exit(2)
     policies = {"mean": mean, "policy": policy, "rival": rival}
-    figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "places": {}}
+    figures: dict[str, Any] = {"places": {}}
     for name in options.places:
         figures["places"][name] = found = compare(policies, PLACES[name])
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write(options.json, figures)
         differences = found["final_test_minus"].items()
         print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in differences), flush=True)
 

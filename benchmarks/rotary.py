@@ -11,7 +11,6 @@ Three comparisons, both sides in one run and in turn, medians of the pairs' rati
   against a training step of that model on 8192 tokens.
 """
 
-import json
 import statistics
 import time
 import warnings
@@ -24,7 +23,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 from models.rotary import LayerTurn, Rotary, RotationConfig, Shape, rotation_names
@@ -254,16 +253,14 @@ def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    report = {
+    report: dict[str, Any] = {
         "libraries": against_libraries(options),
         "training_step": against_plain_rope(options),
         "building": building(options),
         "device": options.device,
         "threads": options.threads,
-        "machine": machine(),
-        "commit": commit(),
     }
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(options.json, report, options.device)
     for name, row in report["libraries"].items():
         for library, figures in row["ours_to"].items():
             print(f"{name:6s} ours takes {figures['ratio']:.2f} of the time of {library}")

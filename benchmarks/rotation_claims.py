@@ -29,12 +29,13 @@ import tyro
 from benchmarks.pool import in_processes
 from benchmarks.rotation.compare import comparison
 from benchmarks.rotation.cost import givens_cost
-from benchmarks.rotation.jobs import Job, all_jobs, prepare_torch, prepare_worker, run_job
+from benchmarks.rotation.jobs import Job, all_jobs, prepare_worker, run_job
 from benchmarks.rotation.recipes import RECIPES
 from envs.tasks import digit_sequences
 from metactl.files import write_atomically
 from metactl.progress import Progress, bar
 from metactl.shards import default_workers
+from metactl.worker import set_up_torch
 from models.rotary import VARIANTS
 
 _COST = "cost"
@@ -85,7 +86,7 @@ def main() -> None:
         print(f"stopped; the same command goes on from what {options.json} holds", file=sys.stderr)
         raise SystemExit(130) from None
     if _COST not in results:
-        prepare_torch()
+        set_up_torch()
         results[_COST] = givens_cost()
     chosen = [task for task in RECIPES if task in tasks]
     report = {**report, "comparison": comparison(results, chosen)}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks.plain import VOCABULARY, Transformer
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 
@@ -94,8 +94,7 @@ def adaptive(options: Options, *, capturable: bool = False) -> AdaptiveTransform
 def ours(
     options: Options, model: AdaptiveTransformer, tokens: Tensor, *, compiled: bool
 ) -> Callable[[], None]:
-    fuse = torch.compile if compiled else lambda function: function
-    optimizer = ReplicatedAdamW(model, fuse=fuse)
+    optimizer = ReplicatedAdamW(model, fuse=compiled)
     steps = torch.zeros(1, dtype=torch.long, device=options.device)
     rate = torch.full((1,), 1e-4, device=options.device)
 
@@ -103,10 +102,10 @@ def ours(
         logits = model(tokens[None, :, :-1], Noise(steps, steps))
         return cross_entropy(logits, tokens[None, :, 1:])
 
-    loss_of = fuse(loss_of)
+    compute = torch.compile(loss_of) if compiled else loss_of
 
     def step() -> None:
-        loss_of(tokens).sum().backward()
+        compute(tokens).sum().backward()
         optimizer.step(rate, rate, model.knobs.gates > 0)
 
     return step
@@ -168,8 +167,6 @@ def main() -> None:
         },
         "seconds_per_step": {side: statistics.median(each) for side, each in seconds.items()},
         "ours / plain": ratio("ours", "plain"),
-        "machine": machine(options.device),
-        "commit": commit(),
     }
     if options.compiled:
         report["ours compiled / plain compiled"] = ratio("ours compiled", "plain compiled")
@@ -178,7 +175,7 @@ def main() -> None:
             "capturable": recompilations(options, tokens, capturable=True),
         }
     print(json.dumps(report, indent=2))
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(options.json, report, options.device)
 
 
 if __name__ == "__main__":

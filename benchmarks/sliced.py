@@ -26,7 +26,7 @@ import tyro
 from scipy.optimize import nnls
 from torch import Tensor
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy, training_flops
 from models.attention import banded_attention, causal_distance, masked_attention, span_log_weight
@@ -190,7 +190,7 @@ def _peak_bytes(seq: int) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     alive = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             alive += event.nbytes()
             peak = max(peak, alive)
@@ -207,10 +207,8 @@ def main() -> None:
         "contexts": contexts(options.rounds),
         "threads": options.threads,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "machine": machine(),
-        "commit": commit(),
     }
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(options.json, report)
     print(json.dumps(report, indent=1))
 
 

@@ -24,13 +24,12 @@ import tyro
 import yaml
 from scipy.stats import spearmanr
 
-from benchmarks.provenance import commit, machine
+from benchmarks.provenance import write
 from metactl.config import parse
 from metactl.evaluation import play_arms, static_arm
 from metactl.evaluation.arms import static_grid
 from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.summary import column
-from metactl.knobs import KnobSet
 from metactl.policy import Policy
 from metactl.shards import ShardRow, default_workers
 from metactl.statistics import paired_difference
@@ -54,7 +53,7 @@ class Options:
 
 def main(options: Options) -> None:
     gap = measure_gap(options.run_dirs[0], options.grid)
-    figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "gap": gap, "sweeps": []}
+    figures: dict[str, Any] = {"gap": gap, "sweeps": []}
     for run_dir in options.run_dirs:
         config, results = read_sweep(run_dir)
         for result in results:
@@ -74,7 +73,7 @@ def main(options: Options) -> None:
             }
         )
         print(json.dumps({k: v for k, v in figures["sweeps"][-1].items() if k != "results"}))
-    options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write(options.json, figures)
 
 
 def read_sweep(run_dir: Path) -> tuple[SweepConfig, list[dict[str, Any]]]:
@@ -92,7 +91,7 @@ def measure_gap(run_dir: Path, n_points: int) -> dict[str, float]:
     policy = Policy.load(run_dir / "trials" / results[0]["trial"] / "policy")
     env_id, options = runs_of(policy, {})
     with ShardRow(env_id, 16, options, default_workers()) as shards:
-        points = static_grid(KnobSet(shards.describe()["knobs"]), n_points)
+        points = static_grid(shards.knobs, n_points)
         arms = [static_arm(str(i), point) for i, point in enumerate(points)]
         again = [replace(arm, other_seed=True) for arm in arms]
         chosen_on = play_arms(shards, again, config.n_tasks, config.seed)

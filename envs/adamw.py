@@ -8,6 +8,7 @@ from torch import Tensor
 
 from envs.graph import fused
 from models import AdaptiveTransformer
+from models.width import active_along
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class ReplicatedAdamW:
     ) -> None:
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self._parameters = list(model.parameters())
+        self._sizes = [p[0].numel() for p in self._parameters]
         n = model.n_replicas
         self._fused = fuse
         self._update = fused(self._turn_all_into_step) if fuse else self._turn_all_into_step
@@ -86,16 +88,12 @@ class ReplicatedAdamW:
         self._sliced = model.sliced
         self._may_look = device.type == "cpu" and not model.knobs.capturable
         self._views: dict[int, list[_Views]] = {}
-        self._sizes = [p[0].numel() for p in self._parameters]
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
         self._measured = [i for i, name in enumerate(names) if not name.startswith("rotation.")]
 
     def _point_parameters_at_values(self) -> None:
-        start = 0
-        for p in self._parameters:
-            size = p[0].numel()
-            p.data = self.values[:, start : start + size].view(p.shape)
-            start += size
+        for p, part in zip(self._parameters, self.values.split(self._sizes, dim=1), strict=True):
+            p.data = part.view(p.shape)
 
     def _collect_gradient(self, changed: list[_Views]) -> Float[Tensor, " replica"]:
         """Moves the parameters' gradients into the buffer; returns each replica's norm."""
@@ -264,8 +262,7 @@ def _active(whole: Tensor, active: Tensor) -> Tensor:
     """
     view, offset = whole, 1
     for axis in range(active.dim()):
-        others = [other for other in range(active.dim()) if other != axis]
-        along = active.any(dim=others) if others else active
+        along = active_along(active, axis)
         starts = int((along[1:] & ~along[:-1]).sum()) + int(along[0])
         size = len(along) // starts
         view = view.unflatten(axis + offset, (starts, size)).narrow(

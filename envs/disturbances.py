@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metactl.run import FloatArray
+from metactl.knobs import FloatArray
 from models import hashed_integers
 from models.device import brought
 

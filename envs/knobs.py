@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from metactl.adapters.optimizer import LearningRateKnob, weight_decay_knob
-from metactl.knobs import Knob, unknown_name
+from metactl.errors import unknown_name
+from metactl.knobs import Knob
 from models import TransformerConfig
 
 USUAL_KNOBS = ("rope_base", "attention_span", "embedding_width", "dropout")

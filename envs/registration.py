@@ -1,31 +1,17 @@
 """What Gymnasium calls to build the environments of this package."""
 
-import importlib.util
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
+from metactl.shards import require_own_package
 
-def _require_own_models() -> None:
-    """Refuses to run with somebody else's package called `models`."""
-    own = Path(__file__).resolve().parent.parent / "models"
-    spec = importlib.util.find_spec("models")
-    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
-    if found != own:
-        raise ImportError(
-            f"metactl needs its own package 'models' at {own}, but Python finds {found or 'none'} "
-            f"first. Rename that folder, run from another directory, or put {own.parent} before it "
-            f"on sys.path."
-        )
-
-
-_require_own_models()
+require_own_package("models")
 
 from envs.transformer_run import AdaptiveTransformerRun, RunConfig, build_run  # noqa: E402
 from metactl.config import ConfigError  # noqa: E402
 from metactl.env import TrainingRunEnv, TrainingRunVectorEnv  # noqa: E402
 from metactl.episodes import ControlConfig, split_options  # noqa: E402
-from metactl.knobs import unknown_name  # noqa: E402
+from metactl.errors import unknown_name  # noqa: E402
 
 __all__ = ["AdaptiveTransformerRun", "RunConfig", "make_environment", "make_vector_environment"]
 

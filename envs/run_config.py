@@ -12,7 +12,8 @@ from envs.disturbances import KINDS
 from envs.graph import has_compiler
 from envs.knobs import USUAL_KNOBS, knobs_of
 from envs.tasks import FAMILIES
-from metactl.knobs import Knob, unknown_name
+from metactl.errors import unknown_name
+from metactl.knobs import Knob
 from models import TransformerConfig
 
 PRECISIONS = ("highest", "high", "medium")

@@ -18,8 +18,9 @@ from envs.run_config import RunConfig, as_range
 from envs.tasks import Task, build_family
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
-from metactl.knobs import Knob
-from metactl.run import DISTURBED, FloatArray, Measurement, TrainingRun
+from metactl.errors import unknown_name
+from metactl.knobs import FloatArray, Knob
+from metactl.run import DISTURBED, Measurement, TrainingRun
 from metactl.signals import INTERNAL_NAMES
 from models import AdaptiveTransformer, Noise, cross_entropy, hashed_integers, training_flops
 from models.device import brought
@@ -195,7 +196,7 @@ class AdaptiveTransformerRun(TrainingRun):
         self._step_cost.copy_(cost)
         shares = self._budget.shares(n_steps, self._rows["flops"], cost)
         seen: list[Tensor] = []  # by step, of all replicas
-        shown = torch.zeros(5, self.n_runs, dtype=torch.float64, device=self.device)
+        shown = torch.zeros(len(_SHOWN), self.n_runs, dtype=torch.float64, device=self.device)
         paused = []
         due = self.disturbances.due(self._rows["step"], n_steps) if self.config.disturb else ()
         for last, rows in shares:
@@ -322,7 +323,7 @@ class AdaptiveTransformerRun(TrainingRun):
 
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
         if split not in ("probe", "test"):
-            raise ValueError(f"Unknown split {split!r}. Known: probe, test")
+            raise ValueError(unknown_name("split", split, ("probe", "test")))
         losses = self._probe() if split == "probe" else self._losses(split)
         return losses[0].cpu().numpy()[slice(None) if rows is None else list(rows)]
 

@@ -11,7 +11,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
 from torch import Tensor, nn
 
-from metactl.knobs import FloatArray, unknown_name
+from metactl.errors import unknown_name
+from metactl.knobs import FloatArray
 from metactl.policy import CLIP
 from metactl.signals import INTERNAL, UNIVERSAL, is_flag
 

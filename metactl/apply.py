@@ -1,6 +1,7 @@
 """Applying a policy to new training runs, with paired twins to compare with."""
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from metactl.controllers import Static
 from metactl.env import Step
 from metactl.evaluation import paired_episodes, policy_arm, summarise
 from metactl.files import write_atomically
+from metactl.log import TAGS
 from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import Trial, TrialResult, play
@@ -72,7 +74,7 @@ def apply_policy(
         static = Static()
         trials += [Trial(arm="default", episode=e, controller=static) for e in episodes]
     total = loop.config.n_control_steps
-    with Board(run_dir / "tb") as board:
+    with closing(env), Board(run_dir / "tb") as board:
 
         def on_step(index: int, step: Step) -> None:
             scalars = _scalars(step, n_runs)
@@ -85,9 +87,8 @@ def apply_policy(
                 progress(index + 1, total, _status(step, n_runs))
 
         results = play(loop, trials, on_step)
-    unsaved = _save_models(loop.run, run_dir, n_runs)
-    sample = _written(loop.run, results[0], sample_bytes) if sample_bytes else ""
-    env.close()
+        unsaved = _save_models(loop.run, run_dir, n_runs)
+        sample = _written(loop.run, results[0], sample_bytes) if sample_bytes else ""
     by_arm: dict[str, list[TrialResult]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
@@ -96,13 +97,8 @@ def apply_policy(
 
 def _scalars(step: Step, n_runs: int) -> dict[str, float]:
     """Means over the controlled runs."""
-    measured = {
-        "train/loss": step.measurement.train_loss,
-        "probe/loss": step.measurement.probe_loss,
-        "signal/gradient_norm": step.measurement.gradient_norm,
-        "signal/update_ratio": step.measurement.update_ratio_median,
-        "perf/flops": step.measurement.flops,
-    }
+    arrays = step.measurement.arrays()
+    measured = {tag: arrays[field] for field, tag in TAGS.items()}
     inside = {f"internal/{name}": value for name, value in step.measurement.internal.items()}
     knobs = {f"knob/{name}": value for name, value in step.values.items()}
     return {

@@ -1,5 +1,6 @@
 """A controller on somebody else's training run."""
 
+import contextlib
 import inspect
 import logging
 import weakref
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
+from metactl.adapters.base import ModelKnob, unwrapped
 from metactl.adapters.checks import check_attachment, is_number
 from metactl.attachment import STATE_VERSION, Attachment, Decision, Given
 from metactl.controllers import BaseController, Learned
+from metactl.errors import unknown_name
 from metactl.homeostasis import SetPoints
-from metactl.knobs import unknown_name
 from metactl.log import Log
 from metactl.meter import require_number
 from metactl.policy import Policy
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 MODES = ("act", "shadow", "off")
 _TRAINERS = ("model", "optimizer", "total_steps")  # what a trainer's callback knows by itself
 _controlled: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_moved: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+"""The knobs of each model, and of nothing else, that controllers move now."""
 
 
 class Controller:
@@ -88,6 +92,7 @@ class Controller:
         self._run: Attachment | None = None
         self._warned = False
         self._attached = False  # also in mode "off", where there is no run
+        self._held: tuple[set[str], set[str]] = (set(), set())  # of the model; of them, one's own
 
     @property
     def mode(self) -> str:
@@ -162,7 +167,14 @@ class Controller:
         tokens = (tokens_per_step, unique_tokens)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
         adapters = self._find(knobs, model, optimizer, on_unsupported, example)
+        held = {name for name, adapter in adapters.items() if isinstance(adapter, ModelKnob)}
+        others = _moved.setdefault(unwrapped(model), set())
         try:
+            if mode == "act" and held & others:
+                raise AttachError(
+                    f"another controller moves {', '.join(sorted(held & others))} of this model; "
+                    f"give each its own by knobs="
+                )
             self._run = Attachment(
                 self.controller,
                 adapters,
@@ -177,6 +189,8 @@ class Controller:
             )
             self._attached = True
             _controlled.add(optimizer)
+            self._held = (others, held if mode == "act" else set())
+            others |= self._held[1]
         except Exception as error:
             for adapter in adapters.values():
                 adapter.close()
@@ -228,7 +242,14 @@ class Controller:
         if self._run is not None:
             run, self._run = self._run, None
             _controlled.discard(run.optimizer)
+            others, held = self._held
+            others -= held
             run.close(restore=restore)
+
+    def __del__(self) -> None:
+        """Who can no longer be asked lets go; the knobs stay."""
+        with contextlib.suppress(Exception):  # such as in the middle of an interpreter's end
+            self.detach(restore=False)
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines how the controller goes on, as JSON values."""
@@ -248,8 +269,26 @@ class Controller:
             raise AttachError(f"state has version {version!r}; this metactl reads {STATE_VERSION}")
         if not self._attached:
             raise AttachError("attach comes before load_state_dict")
-        if self._run is not None and state.get("mode") != "off":
-            self._run.load_state_dict(state)
+        if self._run is None:
+            return
+        if state.get("mode") == "off":
+            logger.warning(
+                "metactl: in the run of this state the controller was off, and it stays off; to "
+                "begin anew, attach without loading a state"
+            )
+            self.detach()
+            return
+        self._run.load_state_dict(state)
+
+    def put_knobs(self, state: Mapping[str, Any]) -> None:
+        """Puts the knobs of an earlier state of this run in force, as for its best checkpoint.
+
+        Raises:
+            AttachError: If nothing is attached, or the state has other knobs.
+        """
+        if self._run is None:
+            raise AttachError("put_knobs needs a run that is attached")
+        self._run.put_knobs(state)
 
     def _find(
         self,

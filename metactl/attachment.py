@@ -97,8 +97,8 @@ class Attachment:
         self.optimizer = optimizer
         self._probe = given.probe
         self._known_total = given.total_steps is not None
-        self._total = _FIRST_BUDGET if given.total_steps is None else given.total_steps
-        self._n = min(n_control_steps, self._total)
+        self._total = _FIRST_BUDGET if given.total_steps is None else int(given.total_steps)
+        self._n = min(int(n_control_steps), self._total)
         self._knobs = KnobSet([adapter.knob for adapter in adapters.values()])
         self._codec = Codec(self._knobs)
         self._history = History(1, self._n + 1)
@@ -172,6 +172,52 @@ class Attachment:
         Raises:
             AttachError: If it is damaged, or of another run.
         """
+        self._require_knobs(state)
+        before = self._meter.state_dict(), self._guard.state_dict()
+        try:
+            written, positions, last_moves = (
+                self._numbers_of(state[name]) for name in ("knobs", "positions", "last_moves")
+            )
+            total, index = int(state["total"]), int(state["index"])
+            if total < 2 or index < 0:
+                raise ValueError(f"control step {index} of {total} optimizer steps")
+            columns = {
+                name: from_json(state["history"][name], column)
+                for name, column in self._history.columns.items()
+            }
+            self._meter.load_state_dict(state["meter"])
+            if self._known_total and self._meter.steps > self._total:
+                raise ValueError(f"it took {self._meter.steps} optimizer steps of {self._total}")
+            self._guard.load_state_dict(state["guard"])
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            self._meter.load_state_dict(before[0])
+            self._guard.load_state_dict(before[1])
+            raise AttachError(f"the state does not fit this run: {error}") from error
+        self._index, self._written = index, written
+        self._positions[0] = list(positions.values())
+        self._last_moves[0] = list(last_moves.values())
+        self._history.columns = columns
+        self._go_on_as_of(total)
+        self._write(written)
+        self._arm()
+
+    def put_knobs(self, state: Mapping[str, Any]) -> None:
+        """Puts the knobs of an earlier state in force, where decisions are.
+
+        Raises:
+            AttachError: If it has other knobs.
+        """
+        self._require_knobs(state)
+        try:
+            self._write(self._numbers_of(state["knobs"]))
+        except (TypeError, ValueError) as error:
+            raise AttachError(f"the state does not fit this run: {error}") from error
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items() if self.act else ():
+            self.adapters[name].write(value)
+
+    def _require_knobs(self, state: Mapping[str, Any]) -> None:
         known = state.get("knobs", {})
         if not isinstance(known, Mapping):
             raise AttachError(f"the state does not fit this run: its knobs are {known!r}")
@@ -180,33 +226,28 @@ class Attachment:
                 f"the state has the knobs {', '.join(known)}; "
                 f"this run has {', '.join(self.adapters)}"
             )
-        if self._known_total and state.get("total") != self._total:
-            raise AttachError(
-                f"the state is of a run of {state.get('total')} optimizer steps, "
-                f"this one has {self._total}"
+
+    def _numbers_of(self, values: Mapping[str, Any]) -> dict[str, float]:
+        numbers = {knob: float(values[knob]) for knob in self.adapters}
+        if not all(math.isfinite(number) for number in numbers.values()):
+            raise ValueError(f"knobs must be finite, got {numbers}")
+        return numbers
+
+    def _go_on_as_of(self, total: int) -> None:
+        """After loading the state of a run of so many optimizer steps."""
+        if not self._known_total:
+            self._total = total
+        elif total != self._total:
+            logger.warning(
+                "metactl: the run was to have %d optimizer steps and has %d now; the controller "
+                "goes on as of that",
+                total,
+                self._total,
             )
-        try:
-            written = {name: float(known[name]) for name in self.adapters}
-            if not all(math.isfinite(value) for value in written.values()):
-                raise ValueError(f"knobs must be finite, got {written}")
-            total, index = int(state["total"]), int(state["index"])
-            if total < 2 or index < 0:
-                raise ValueError(f"control step {index} of {total} optimizer steps")
-            for name, target in (
-                ("positions", self._positions),
-                ("last_moves", self._last_moves),
-            ):
-                target[0] = [float(state[name][knob]) for knob in self.adapters]
-            for name, column in self._history.columns.items():
-                self._history.columns[name] = from_json(state["history"][name], column)
-            self._meter.load_state_dict(state["meter"])
-            self._guard.load_state_dict(state["guard"])
-        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise AttachError(f"the state does not fit this run: {error}") from error
-        self._total, self._index, self._written = total, index, written
-        for name, value in self._written.items() if self.act else ():
-            self.adapters[name].write(value)
-        self._arm()
+            self._index = self._n * self._meter.steps // self._total
+            self._history.columns["progress"] *= total / self._total
+            while len(self._history) > max(self._index + 2, 3):
+                self._history.thin()
 
     def _control(self) -> Decision | None:
         meter = self._meter
@@ -289,6 +330,7 @@ class Attachment:
             self._total *= 2
             self._index //= 2
             self._history.columns["progress"] /= 2
+            self._history.thin()  # as seen at control steps of twice the length
 
     def _measure(self) -> dict[str, float | None]:
         self._meter.require_working()

@@ -241,8 +241,11 @@ def _first_error(kind: type, error: ValidationError) -> str:
 
 def _known_keys(kind: Any, path: list[str]) -> list[str]:
     for part in path:
-        of_mapping = get_args(kind) if get_origin(kind) is dict else ()
-        kind = of_mapping[1] if of_mapping else kind.__dataclass_fields__[part].type
+        within = get_args(kind)  # of a mapping's values, of a sequence's entries
+        if get_origin(kind) in (dict, list, tuple):
+            kind = within[1] if get_origin(kind) is dict else within[0]
+        else:
+            kind = kind.__dataclass_fields__[part].type
     return list(kind.__dataclass_fields__)
 
 
@@ -252,7 +255,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: If there is neither; the message lists the recipes.
     """
-    path = Path(name)
+    path = Path(name or "none")
     if path.is_file():
         return path
     here = Path(__file__).resolve().parent

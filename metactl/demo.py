@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from metactl.evaluation import (
     static_arm,
     summarise,
 )
-from metactl.knobs import KnobSet
+from metactl.evaluation.place import Counter
 from metactl.policy import Policy
 from metactl.progress import Progress, bar, console
 from metactl.report import draw_runs, gap_sentence, paired_table
-from metactl.rundir import RunDirectoryError, open_run_directory, write_json
-from metactl.shards import ShardRow, default_workers
+from metactl.rundir import LOCK, RunDirectoryError, lock, open_run_directory, write_json
+from metactl.shards import default_workers
 from metactl.train import train
 
 
@@ -111,18 +112,13 @@ def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any
     """The policy and the default setting on a shape that training never saw."""
     env_id, options = deployment(policy, {"d_model": plan.d_model, "n_layers": plan.n_layers})
     n_envs = max(1, plan.n_larger_tasks // 2)
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, 2 * plan.n_larger_tasks, "")
-
-    with ShardRow(env_id, n_envs, options, default_workers()) as shards:
-        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+    where = Where(env_id=env_id, options=options, n_envs=n_envs, n_workers=default_workers())
+    with closing(where.open()) as shards:
+        default = shards.knobs.default_positions(1)[0]
         arms = [static_arm("default", default), policy_arm(policy, default)]
-        progress(0, 2 * plan.n_larger_tasks, "")
-        return summarise(play_arms(shards, arms, plan.n_larger_tasks, plan.seed, report))
+        count = Counter(len(arms) * plan.n_larger_tasks, progress)
+        count(0)
+        return summarise(play_arms(shards, arms, plan.n_larger_tasks, plan.seed, count))
 
 
 def clear_demo(run_dir: Path) -> None:
@@ -139,4 +135,9 @@ def clear_demo(run_dir: Path) -> None:
         raise RunDirectoryError(
             f"Run directory {str(run_dir)!r} exists and holds no demo; choose another"
         )
-    shutil.rmtree(run_dir)
+    lock(run_dir)
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

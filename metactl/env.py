@@ -118,10 +118,7 @@ class ControlLoop:
         measurement = self.run.advance(self.optimizer_steps)
         self.control_step += 1
         self.history.append(np.asarray(self.control_step * share, dtype=np.float64), measurement)
-        loss = measurement.probe_loss
-        if loss is None:
-            loss = measurement.train_loss
-        value = self.reward.value(self.start_loss, loss, measurement.diverged)
+        value = self.reward.value(self.start_loss, measurement.judged_loss, measurement.diverged)
         reward, self.value = value - self.value, value
         return Step(
             observation=self.observe(),
@@ -293,8 +290,8 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         over = self.loop.control_step >= self.loop.config.n_control_steps
         truncated = ~step.terminated & over.any()
         ends = step.terminated | truncated
-        if truncated.any():
-            self._episodes[:] = self._episodes.max()  # the same for all, as if none had diverged
+        if over.any():  # all end, and go on with the same, as if none had diverged
+            self._episodes[:] = self._episodes.max()
         ended = np.flatnonzero(ends).tolist()
         if ended:
             final = np.full(self.num_envs, None, dtype=object)

@@ -18,7 +18,7 @@ class ControlConfig:
 
     Args:
         n_control_steps: Decisions per training run.
-        split: `"meta_train"` or `"meta_test"`: which tasks are drawn.
+        split: Which tasks are drawn: `"meta_train"`, `"meta_test"` or, of text, `"all"`.
         reward_scale: Improvement of a default run, in nats; the reward's unit.
         random_start: Probability that an episode begins with random knob positions.
         freeze: Probability that a knob is frozen (unavailable) in an episode.

@@ -1,6 +1,5 @@
 """Knobs: hyperparameters that can move in flight, and the set that turns actions into values."""
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +8,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from metactl.errors import unknown_name
+
 FloatArray = NDArray[np.float64]
 
 SCALES = ("log2", "linear", "logit", "levels")
-
-
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """`Unknown knob 'dropuot'. Known: dropout, width. Did you mean 'dropout'?`"""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {kind} {name!r}. Known: {', '.join(known)}.{hint}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from metactl.run import Measurement
 
 logger = logging.getLogger(__name__)
 
-_TAGS = {
+TAGS = {  # of what was measured, by field of `Measurement`
     "train_loss": "train/loss",
     "gradient_norm": "train/gradient_norm",
     "update_ratio_median": "train/update_ratio",
     "probe_loss": "probe/loss",
+    "flops": "perf/flops",
 }
 
 
@@ -64,7 +65,7 @@ def tagged(
         observation: `[n_observations]`.
     """
     arrays = measurement.arrays()
-    values = {tag: arrays[field] for field, tag in _TAGS.items()}
+    values = {tag: arrays[field] for field, tag in TAGS.items()}
     seen = {tag: float(value[0]) for tag, value in values.items() if value is not None}
     signals = {
         name: float(value)

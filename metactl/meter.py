@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metactl.arrays import to_json
-from metactl.run import FloatArray, Measurement
+from metactl.knobs import FloatArray
+from metactl.run import Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +192,13 @@ class Meter:
 
     def _look_after(self) -> None:
         assert self._before is not None
+        pairs = list(zip(self._parameters(), self._before, strict=True))
+        # What had no part in the step, as an expert that was not asked, has no update. (Of parts of
+        # a whole all processes must ask alike.)
+        trained = [pair for pair in pairs if pair[0].grad is not None or _is_sharded(pair[0])]
         ratios = [
             self._size(now.detach() - before) / self._size(before)
-            for now, before in zip(self._parameters(), self._before, strict=True)
+            for now, before in trained or pairs
         ]
         self._before = None
         stacked = torch.stack(ratios)

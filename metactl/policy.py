@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from metactl.config import ConfigError, dump, parse
+from metactl.errors import unknown_name
 from metactl.files import write_atomically
 from metactl.homeostasis import SetPoints
-from metactl.knobs import FloatArray, Knob, unknown_name
+from metactl.knobs import FloatArray, Knob
 
 FORMAT_VERSION = 1
 _SMALL = 1e-3  # of a tanh unit that is to be linear
@@ -210,7 +212,7 @@ class Policy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         blob = save_tensors({name: _compact(weight) for name, weight in self.weights.items()})
-        card = TypeAdapter(PolicyCard).dump_python(self.card, mode="json")
+        card = dump(self.card)
         card["weights_sha256"] = hashlib.sha256(blob).hexdigest()
         write_atomically(folder / "weights.safetensors", blob)
         text = json.dumps(card, indent=2, allow_nan=False) + "\n"
@@ -280,11 +282,9 @@ def _read_card(path: Path) -> PolicyCard:
             f"{FORMAT_VERSION}"
         )
     try:
-        return TypeAdapter(PolicyCard).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PolicyError(f"Policy card {str(path)!r}: {where}: {first['msg']}") from error
+        return parse(PolicyCard, fields, f"Policy card {str(path)!r}")
+    except ConfigError as error:
+        raise PolicyError(str(error)) from error
 
 
 def _finite_float(text: str) -> float:

@@ -1,6 +1,7 @@
 """What people look at: the paired table and the picture of losses and knobs."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,23 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from metactl.knobs import FloatArray
 from metactl.rollout import TrialResult
+
+
+def plain_table(title: str, *columns: str, n_text: int = 1) -> Table:
+    """A table without lines; the first `n_text` columns are text, the others numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for i, header in enumerate(columns):
+        table.add_column(header, justify="left" if i < n_text else "right")
+    return table
 
 
 def paired_table(summary: dict[str, Any], title: str) -> Table:
     """Arms, their losses, and the paired difference of the policy to each."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("arm")
-    headers = ["test loss", "best ckpt", "policy minus arm (95 %)", "wins"]
+    headers = ["arm", "test loss", "best ckpt", "policy minus arm (95 %)", "wins"]
     measured = any("homeostasis_index" in figures for figures in summary["arms"].values())
-    for header in (*headers, "in balance") if measured else headers:
-        table.add_column(header, justify="right")
+    table = plain_table(title, *headers, *["in balance"] * measured)
     order = sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"])
     for arm, figures in order:
         difference = summary["policy_minus"].get(arm)
@@ -36,10 +43,8 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
 
 def disturbed_table(summary: dict[str, Any], title: str) -> Table:
     """Arms that something befell: final loss, what it cost, and how soon they were back."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("arm")
-    for header in ("test loss", "policy minus arm (95 %)", "excess area", "settling", "in balance"):
-        table.add_column(header, justify="right")
+    headers = ["arm", "test loss", "policy minus arm (95 %)", "excess area", "settling"]
+    table = plain_table(title, *headers, "in balance")
     for arm, figures in sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"]):
         table.add_row(
             f"[bold]{arm}[/bold]" if arm == "policy" else arm,
@@ -56,10 +61,7 @@ def epochs_table(summary: dict[str, Any]) -> Table:
     """The policy minus the settings, by how often a run saw its data."""
     columns = ("default", "best static", "per-task best static")
     title = "The policy minus them, by epochs of a run's data"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("epochs")
-    for header in ("tasks", *columns):
-        table.add_column(header, justify="right")
+    table = plain_table(title, "epochs", "tasks", *columns)
     for group in summary["by_epochs"]:
         differences = (interval_text(group["policy_minus"][arm]) for arm in columns)
         table.add_row(epochs_range(group), str(group["n_tasks"]), *differences)
@@ -80,10 +82,8 @@ def headroom_table(found: dict[str, dict[str, Any]]) -> Table:
         "per-task best minus best static": "per task - best static",
         "best schedule minus best static": "schedule - best static",
     }
-    table = Table(title="Room for gain, nats per token", title_justify="left", box=box.SIMPLE)
-    table.add_column("family")
-    for header in ("default", *columns.values(), "run to run"):
-        table.add_column(header, justify="right")
+    title = "Room for gain, nats per token"
+    table = plain_table(title, "family", "default", *columns.values(), "run to run")
     for family, figures in found.items():
         table.add_row(
             family,
@@ -96,9 +96,8 @@ def headroom_table(found: dict[str, dict[str, Any]]) -> Table:
 
 def knob_headroom_table(found: dict[str, dict[str, Any]]) -> Table:
     """By family and knob, what moving that knob alone gains."""
-    table = Table(title="One knob alone", title_justify="left", box=box.SIMPLE)
-    for header in ("family", "knob", "best value", "it - default", "per task - it"):
-        table.add_column(header, justify="left" if header in ("family", "knob") else "right")
+    headers = ("family", "knob", "best value", "it - default", "per task - it")
+    table = plain_table("One knob alone", *headers, n_text=2)
     for family, figures in found.items():
         for knob, room in figures["knobs"].items():
             table.add_row(
@@ -173,6 +172,29 @@ def evaluation_report(summary: dict[str, Any]) -> list[Table | str]:
     return parts
 
 
+@contextlib.contextmanager
+def panels(path: Path, title: str, rows: int, columns: int, **layout: Any) -> Iterator[Any]:
+    """Axes `[rows, columns]` to draw on, then written as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **layout)
+    yield axes
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def wide(values: Sequence[float] | FloatArray) -> bool:
+    """Whether values are drawn on a logarithmic axis: all above 0, and far apart."""
+    return min(values) > 0 and max(values) / min(values) > 20
+
+
 def draw_runs(
     path: Path, arms: Mapping[str, Sequence[TrialResult]], title: str, n_tasks: int = 3
 ) -> None:
@@ -184,27 +206,29 @@ def draw_runs(
         title: Above the figure.
         n_tasks: Columns; tasks are spread over the order of the policy's gain.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(arms)
     chosen = _spread_by_gain(arms[names[0]], arms[names[-1]], n_tasks)
     knobs = list(arms[names[-1]][0].values)
-    figure, axes = plt.subplots(
+    with panels(
+        path,
+        title,
         1 + len(knobs),
         len(chosen),
         figsize=(4.2 * len(chosen), 2.6 + 1.35 * len(knobs)),
         sharex=True,
-        squeeze=False,
         height_ratios=[2.2] + [1.0] * len(knobs),
-    )
-    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    ) as axes:
+        _draw_tasks(axes, arms, chosen, knobs)
+
+
+def _draw_tasks(
+    axes: Any, arms: Mapping[str, Sequence[TrialResult]], chosen: list[int], knobs: list[str]
+) -> None:
+    names = list(arms)
     for column, task in enumerate(chosen):
         for i, name in enumerate(names):
             result = arms[name][task]
-            style = {"color": colours[i], "lw": 2.2 if i == len(names) - 1 else 1.2}
+            style = {"color": f"C{i}", "lw": 2.2 if i == len(names) - 1 else 1.2}
             share = np.linspace(0, 1, len(result.probe_loss))
             label = f"{name}: test {result.final_test:.3f}"
             axes[0, column].plot(share, result.probe_loss, label=label, **style)
@@ -221,16 +245,9 @@ def draw_runs(
     axes[0, 0].set_ylabel("probe loss (nats)")
     for row, knob in enumerate(knobs, start=1):
         axes[row, 0].set_ylabel(knob.replace("_", "\n"), fontsize=9)
-        everything = np.concatenate([r.values[knob] for name in names for r in arms[name]])
-        if everything.min() > 0 and everything.max() / everything.min() > 20:
+        if wide(np.concatenate([r.values[knob] for name in names for r in arms[name]])):
             for axis in axes[row]:
                 axis.set_yscale("log")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _spread_by_gain(

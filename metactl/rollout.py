@@ -76,7 +76,6 @@ def play(
     loop: ControlLoop,
     trials: Sequence[Trial],
     on_step: Callable[[int, Step], None] | None = None,
-    test: bool = True,
     between: Between | None = None,
 ) -> list[TrialResult]:
     """Plays trials side by side in one population (spare rows repeat the last trial).
@@ -85,7 +84,6 @@ def play(
         loop: At most `loop.run.n_runs` trials fit.
         trials: What to play.
         on_step: Called with the index of each control step and what it returned.
-        test: Whether to evaluate on the test split (at the end only).
         between: Called after each control step, before the next observation; what it remembers, a
             copy of it does.
     """
@@ -98,7 +96,7 @@ def play(
     for controller, rows in groups:
         controller.begin(loop.codec, len(rows))
     observation = loop.reset(list(range(n_rows)), episodes)
-    untrained = loop.run.evaluate("test") if test else loop.start_loss.copy()
+    untrained = loop.run.evaluate("test")
     best = BestCheckpoint(loop)
     lost = np.zeros(n_rows, dtype=bool)
     steps: list[Step] = []
@@ -113,8 +111,7 @@ def play(
         observations.append(observation)
         steps.append(step)
         positions.append(loop.positions.copy())
-        probe = step.measurement.probe_loss
-        probes.append(step.measurement.train_loss if probe is None else probe)
+        probes.append(step.measurement.judged_loss)
         best.update(probes[-1])
         lost |= step.measurement.diverged
         if between is not None:
@@ -124,10 +121,8 @@ def play(
             observation = loop.observe()
         if on_step is not None:
             on_step(index, step)
-    final_test, best_test = untrained, untrained
-    if test:
-        final_test = np.where(lost, untrained, loop.run.evaluate("test"))
-        best_test = np.where(lost, untrained, best.evaluate("test"))
+    final_test = np.where(lost, untrained, loop.run.evaluate("test"))
+    best_test = np.where(lost, untrained, best.evaluate("test"))
     probe_curve = np.stack(probes, axis=1)
     nobody = np.full(n_rows, np.nan)
     counts = [step.measurement.flops for step in steps]

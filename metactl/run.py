@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metactl.knobs import Knob
+from metactl.knobs import FloatArray, Knob
 
-FloatArray = NDArray[np.float64]
 DISTURBED = "disturbed"
 
 
@@ -61,6 +60,11 @@ class Measurement:
     def arrays(self) -> dict[str, FloatArray | None]:
         """The fields that hold one number per run, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "internal"}
+
+    @property
+    def judged_loss(self) -> FloatArray:
+        """The loss by which a run is judged: on the probe, where it has one."""
+        return self.train_loss if self.probe_loss is None else self.probe_loss
 
 
 class Diverged(ArithmeticError):
@@ -120,7 +124,7 @@ class TrainingRun(abc.ABC):
 
         Args:
             seed: Determines the task.
-            split: `"meta_train"` or `"meta_test"`; tasks of the two never share data.
+            split: `"meta_train"` or `"meta_test"`, whose tasks never share data, or `"all"` of it.
         """
         return None
 

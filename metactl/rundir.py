@@ -18,9 +18,9 @@ from metactl.errors import WorkerDied
 from metactl.files import write_atomically
 
 _PICTURES = (".png", ".pdf", ".svg")
-_LOCK = ".lock"
-_locks: dict[tuple[int, int], int] = {}  # by directory: what keeps it, until this process ends
-_EMPTY = ("config.yaml", "tb", _LOCK)
+LOCK = ".lock"
+_locks: dict[tuple[int, int], int] = {}  # by lock file: what keeps it, until this process ends
+_EMPTY = ("config.yaml", "tb", LOCK)
 _PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
 
 
@@ -68,34 +68,37 @@ def open_run_directory(
                 + ", or go on with --resume" * (kind == "train")
             )
         _require_same(record, kind, config)
-        _lock(path)
+        lock(path)
         return path
     if resume:
         raise RunDirectoryError(f"Run directory {str(path)!r} holds no run to resume")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
         raise RunDirectoryError(f"Run directory {str(path)!r} exists and is not empty")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock(path)
+        if record.exists():  # of another process that was quicker, and is gone
+            raise RunDirectoryError(f"Run directory {str(path)!r} already holds a run")
         write_atomically(record, _record(kind, config).encode())
     except OSError as error:
         raise RunDirectoryError(
             f"Run directory {str(path)!r} cannot be written: {error.strerror or error}"
         ) from error
-    _lock(path)
     return path
 
 
-def _lock(run_dir: Path) -> None:
+def lock(run_dir: Path) -> None:
     """Keeps others out of a run directory as long as this process lives.
 
     Raises:
         RunDirectoryError: If another process is at work there.
     """
-    place = run_dir.stat()
+    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    place = os.fstat(file)
     key = (place.st_dev, place.st_ino)
     if key in _locks:
+        os.close(file)
         return
-    file = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
 
@@ -141,7 +144,9 @@ def _require_same(record: Path, kind: str, config: Mapping[str, Any]) -> None:
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise RunDirectoryError(f"{str(record)!r} is damaged and cannot be resumed") from error
     if held_kind != kind:
-        raise RunDirectoryError(f"{str(record.parent)!r} holds a {held_kind} run, not {kind}")
+        raise RunDirectoryError(
+            f"{str(record.parent)!r} holds a run of {held_kind!r}, not of {kind!r}"
+        )
     wanted = yaml.safe_load(yaml.safe_dump(dict(config)))
     differing = sorted(differences(held_config, wanted))
     if differing:
@@ -183,7 +188,14 @@ def require_writable(*files: Path | None, picture: Path | None = None) -> None:
         path = _resolved(file, "File")
         if path.is_dir():
             raise ConfigError(f"File {str(file)!r} cannot be written: it is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"File {str(file)!r} cannot be written: {str(path.parent)!r} is no folder"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"File {str(file)!r} cannot be written: {error.strerror}") from error
         if not os.access(path.parent, os.W_OK):
             raise ConfigError(f"File {str(file)!r} cannot be written: no permission in its folder")
 

@@ -15,9 +15,12 @@ import numpy as np
 
 from metactl.config import ConfigError
 from metactl.env import TrainingRunVectorEnv
+from metactl.knobs import KnobSet
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, Trial, TrialResult, play
 from metactl.worker import Build, ProcessWorker, Worker
+
+_OWN_PACKAGES = ("envs", "models")
 
 
 def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
@@ -38,16 +41,16 @@ def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> Tra
 
 
 def require_own_package(module: str) -> None:
-    """Refuses another package that took the name `envs`, and says what to do about it."""
-    if module != "envs":
+    """Refuses another package that took the name of one of ours; says what to do about it."""
+    if module not in _OWN_PACKAGES:
         return
-    own = Path(__file__).resolve().parent.parent / "envs"
-    spec = find_spec("envs")
+    own = Path(__file__).resolve().parent.parent / module
+    spec = find_spec(module)
     origin = spec.origin if spec is not None else None
     found = Path(origin).resolve().parent if origin else None
     if found != own:
         raise ImportError(
-            f"metactl needs its own package 'envs' at {own}, but Python finds "
+            f"metactl needs its own package {module!r} at {own}, but Python finds "
             f"{found or 'a folder without __init__.py'} first. Rename that folder, run from "
             f"another directory, or put {own.parent} before it on sys.path."
         )
@@ -173,6 +176,11 @@ class ShardRow:
 
     def describe(self) -> dict[str, Any]:
         return self.call_all("describe")[0]
+
+    @property
+    def knobs(self) -> KnobSet:
+        """Those of the runs."""
+        return KnobSet(self.describe()["knobs"])
 
     def play(
         self,

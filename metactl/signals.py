@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metactl.knobs import FloatArray, KnobSet, unknown_name
+from metactl.errors import unknown_name
+from metactl.knobs import FloatArray, KnobSet
 from metactl.run import Measurement
 
 BOUND = 10.0
@@ -63,6 +64,22 @@ class History:
             column[:, :-1] = column[:, 1:]
             newest = measured.get(name)
             column[:, -1] = np.nan if newest is None else newest
+
+    def __len__(self) -> int:
+        """How many measurements there are, of runs side by side."""
+        return int(np.isfinite(self.columns["progress"][0]).sum())
+
+    def thin(self) -> None:
+        """Forgets every other measurement of runs side by side, but not how they began.
+
+        Losses are seen at the start or at the first control step, so both stay.
+        """
+        length = self.columns["progress"].shape[1]
+        first = length - len(self)
+        kept = sorted({first, first + 1, *range(length - 1, first, -2)})
+        for name, column in self.columns.items():
+            self.columns[name] = np.full_like(column, np.nan)
+            self.columns[name][:, -len(kept) :] = column[:, kept]
 
     def __getitem__(self, name: str) -> FloatArray:
         return self.columns[name]
@@ -151,7 +168,7 @@ def probe_slope_slow(history: History) -> FloatArray:
 
 
 def generalisation_gap(history: History) -> FloatArray:
-    """log(probe loss / train loss): positive when the run fits its data better than new data."""
+    """4 log(probe loss / train loss): positive when the run fits its data better than new data."""
     gap = log_ratio(history.latest("probe_loss"), history.latest("train_loss"))
     return GAP_SCALE * gap
 
@@ -163,7 +180,7 @@ def gap_slope(history: History) -> FloatArray:
 
 
 def best_distance(history: History) -> FloatArray:
-    """log(probe loss / best probe loss so far), 0 at the best."""
+    """10 log(probe loss / best probe loss so far), 0 at the best."""
     losses = history["probe_loss"]
     best = np.min(np.where(np.isfinite(losses), losses, np.inf), axis=1)
     return 10 * log_ratio(history.latest("probe_loss"), best)

@@ -17,9 +17,6 @@ class Interval:
     low: float
     high: float
 
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def paired_difference(left: FloatArray, right: FloatArray, seed: int = 0) -> Interval:
     """Mean of `left - right` over paired tasks, with a percentile bootstrap interval.

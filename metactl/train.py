@@ -160,15 +160,15 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
         The median improvement of each shard's runs at rest, in nats; and how far paired runs end
         apart under random moves, in units of it (1 without pairs).
     """
-    n_control_steps = env.shards.describe()["n_control_steps"]
-    n_knobs = len(env.shards.describe()["knobs"])
+    about = env.shards.describe()
+    n_knobs = len(about["knobs"])
     env.shards.call_all("set_reward_scale", 1.0)
     env.seed(((model.seed or 0) << _SEED_BITS) + _CALIBRATION_SEED)
     rng = np.random.default_rng(model.seed)
     resting = np.arange(env.num_envs) % 2 == 0
     observations: list[Any] = [env.reset()]
     improvement = np.zeros(env.num_envs)
-    for _ in range(n_control_steps):
+    for _ in range(about["n_control_steps"]):
         actions = rng.normal(0, 0.6, (env.num_envs, n_knobs)).clip(-1, 1)
         actions[resting] = 0
         observation, _, _, infos = env.step(actions)
@@ -176,8 +176,8 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
         improvement += [info["own_reward"] for info in infos]
     normaliser = model.policy.features_extractor
     assert isinstance(normaliser, Normaliser)
-    names = env.shards.describe()["observation_names"]
-    mean, std = standardisation(np.concatenate(observations[:-1]), names)
+    stacked = np.concatenate(observations[:-1])
+    mean, std = standardisation(stacked, about["observation_names"])
     normaliser.mean.copy_(torch.from_numpy(mean))
     normaliser.std.copy_(torch.from_numpy(std))
     by_shard = improvement.reshape(env.shards.n_shards, -1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.config import TransformerConfig
+from models.width import active_along
 
 
 def shrunk_config(config: TransformerConfig, top: int) -> TransformerConfig:
@@ -54,9 +55,8 @@ def active_parameters(
         part = parameter.detach()
         active = levels[name] <= top
         for axis in range(active.dim()):
-            others = [other for other in range(active.dim()) if other != axis]
-            index = active.any(dim=others) if others else active
-            part = part.index_select(axis + 1, index.nonzero().flatten())
+            index = active_along(active, axis).nonzero().flatten()
+            part = part.index_select(axis + 1, index)
         kept[name] = part
     return kept
 

@@ -7,7 +7,7 @@ nothing reads it, nothing writes it, it gets no gradient.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -33,3 +33,9 @@ def stepped_gates(
     rounding = torch.finfo(gates.dtype).eps / rate  # adds up over 1 / rate steps
     arrives = distance.abs() <= rate + rounding  # n steps of 1/n must end exactly
     return torch.where(arrives, wanted, gates + distance.clamp(-rate, rate))
+
+
+def active_along(active: Tensor, axis: int) -> Bool[Tensor, " index"]:
+    """Where along an axis there is something active; what is active is the product over axes."""
+    others = [other for other in range(active.dim()) if other != axis]
+    return active.any(dim=others) if others else active

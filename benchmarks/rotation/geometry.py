@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models import AdaptiveTransformer
-from models.layers import Pass, attention, feed_forward, normalise
+from models.layers import Pass, attention, embed, feed_forward, normalise
 from models.rotary import LayerTurn, fold
 
 Pair = dict[str, Tensor]
@@ -66,7 +66,7 @@ def _queries_and_keys(model: AdaptiveTransformer, tokens: Tensor) -> list[Pair]:
     size = (model.config.n_heads, model.config.head_dim, model.config.head_dim)
     random = torch.linalg.qr(torch.randn(size, generator=generator)).Q
     state = model._prepare(tokens, None, None)
-    x = model._embed(tokens.flatten(1), state)
+    x = embed(tokens.flatten(1), model.embedding, state)
     seen = []
     for layer, module in enumerate(model.blocks):
         block = cast(nn.ParameterDict, module)

@@ -7,13 +7,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from benchmarks.rotation.data import chance, task_data
 from benchmarks.rotation.depth import DEPTHS, ROTATIONS, gradient_ratios
 from benchmarks.rotation.geometry import geometry
 from benchmarks.rotation.recipes import LONGER_ARMS, RECIPES, SCALINGS, USUAL
 from benchmarks.rotation.training import Trainer, build, evaluate, train
+from metactl.worker import set_up_torch
 from models import AdaptiveTransformer
 
 _GEOMETRY_SEQUENCES = 48
@@ -47,15 +46,9 @@ def all_jobs(tasks: list[str], variants: list[str], steps: int | None) -> list[J
     return jobs
 
 
-def prepare_torch() -> None:
-    """One thread, and no slow arithmetic on vanishing numbers."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-
-
 def prepare_worker() -> None:
     """For a process of its own, which its parent alone stops, or the parent's end."""
-    prepare_torch()
+    set_up_torch()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from metactl.errors import unknown_name
+
 logger = logging.getLogger(__name__)
 
 META_TEST_SHARE = 0.25
@@ -42,7 +44,7 @@ class Corpus:
             "all": (0, len(self.data)),
         }
         if split not in bounds:
-            raise ValueError(f"Unknown split {split!r}. Known: {', '.join(bounds)}")
+            raise ValueError(unknown_name("split", split, tuple(bounds)))
         return bounds[split]
 
 
@@ -72,11 +74,15 @@ def load_corpus(path: str | Path | None) -> Corpus:
     if not path.exists():
         raise ValueError(f"Data {str(path)!r} does not exist")
     if path.is_dir():
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-        ]
+        try:
+            files = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.is_file()
+                and not any(p.startswith(".") for p in file.relative_to(path).parts)
+            ]
+        except OSError as error:  # such as a folder that changes while it is read
+            raise ValueError(f"Data {str(path)!r} cannot be read: {error.strerror}") from error
         return _from_files(str(path), path, [file for file in files if _is_text(file)])
     data = _read(path)
     if len(data) == 0:

@@ -24,6 +24,7 @@ from envs.tasks.family import (
     evenly,
 )
 from envs.tasks.splits import SPLITS
+from metactl.errors import unknown_name
 
 _SIZES = {"train": 4096, "test": 512}  # sequences of a class; the latter for probe and test
 _SPLIT_OF_PART = {"meta_train": "train", "meta_test": "test"}  # of the images
@@ -78,7 +79,7 @@ class SequenceFamily(TaskFamily):
 
     def _of_class(self, label: int, seed: int, split: str) -> Task:
         if split not in PARTS:
-            raise ValueError(f"Unknown split {split!r}. Known: {', '.join(PARTS)}")
+            raise ValueError(unknown_name("split", split, tuple(PARTS)))
         rng = np.random.default_rng([seed, _STREAM])
         first, n_pool, n_held_out = self._places[split, label]
         size = round(evenly(seed // self.n_classes, self.unique_bytes) / self.stride)

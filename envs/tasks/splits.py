@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from metactl.errors import unknown_name
+
 SPLITS = ("train", "test")
 
 
@@ -17,5 +19,5 @@ def split_generator(seed: int, split: str, family: int) -> np.random.Generator:
         ValueError: For an unknown split.
     """
     if split not in SPLITS:
-        raise ValueError(f"Unknown split {split!r}. Known: {', '.join(SPLITS)}")
+        raise ValueError(unknown_name("split", split, tuple(SPLITS)))
     return np.random.default_rng([seed, family, SPLITS.index(split)])

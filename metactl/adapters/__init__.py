@@ -14,7 +14,7 @@ from metactl.adapters.optimizer import LearningRateKnob, WeightDecayKnob
 from metactl.adapters.rope import RopeBaseKnob
 from metactl.adapters.span import AttentionSpanKnob, hold_span
 from metactl.adapters.trial import length_of, make_trial
-from metactl.knobs import unknown_name
+from metactl.errors import unknown_name
 
 __all__ = ["KNOWN", "AttachError", "FunctionKnob", "KnobAdapter", "find_adapters", "hold_span"]
 

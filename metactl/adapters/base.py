@@ -4,10 +4,13 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metactl.knobs import Knob
+
+_INSIDE = 0.37  # a position between the ends, where whole numbers are rare
 
 
 class AttachError(ValueError):
@@ -113,14 +116,14 @@ class FunctionKnob(KnobAdapter):
         self._write(self._original)
 
     def verify(self) -> None:
-        there = self.far()
-        try:
-            self.write(there)
-            read = self.read()
-        finally:
-            self.restore()
-        if abs(read - there) > 1e-6 * max(abs(there), 1e-6):
-            raise AttachError(f"{there:g} was written and {read:g} read back")
+        for there in (self.far(), float(self.knob.value(np.asarray(_INSIDE)))):
+            try:
+                self.write(there)
+                read = self.read()
+            finally:
+                self.restore()
+            if abs(read - there) > 1e-6 * max(abs(there), 1e-6):
+                raise AttachError(f"{there:g} was written and {read:g} read back")
         if self._read() != self._original:
             raise AttachError("moving it back does not restore it")
 

@@ -22,7 +22,8 @@ def check_attachment(
     """Refuses in words what a controller cannot be attached to."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"model must be a torch module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    hooked = hasattr(optimizer, "_optimizer_step_pre_hooks")  # accelerate's wrapper has none
+    if not (isinstance(optimizer, torch.optim.Optimizer) and hooked):
         raise AttachError(
             f"optimizer must be a torch optimizer, got {type(optimizer).__name__}; "
             f"of a wrapper, give the optimizer inside"

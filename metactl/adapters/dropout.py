@@ -9,17 +9,21 @@ from torch.nn.modules.dropout import _DropoutNd
 from metactl.adapters.base import AttachError, ModelKnob, is_compiled, unwrapped
 from metactl.knobs import Knob
 
-_ATTRIBUTES = ("attention_dropout", "attn_dropout", "dropout", "dropout_p")
-_CONFIG = (
+_NAMES = (  # of probabilities, in modules and in configs
+    "activation_dropout",
     "attention_dropout",
-    "hidden_dropout",
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "dropout",
-    "hidden_dropout_prob",
     "attention_probs_dropout_prob",
+    "attn_dropout",
+    "attn_pdrop",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
     "dropout_rate",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+    "residual_dropout",
 )
 
 
@@ -46,7 +50,7 @@ class DropoutKnob(ModelKnob):
         for place in modules:
             if getattr(*place) > getattr(*self._lead):
                 self._lead = place
-        places = [*modules, *((config, name) for name in _CONFIG if _is_number(config, name))]
+        places = [*modules, *((config, name) for name in _NAMES if _is_settable(config, name))]
         self._places = [(owner, name, getattr(owner, name)) for owner, name in places]
         self._first = float(getattr(*self._lead))
         self.knob = _knob(self._first, is_compiled(model))
@@ -83,11 +87,18 @@ def _module_places(model: nn.Module) -> Iterator[tuple[Any, str]]:
         if isinstance(module, _DropoutNd):
             yield module, "p"
         else:
-            for name in _ATTRIBUTES:
-                if _is_number(module, name):
+            for name in _NAMES:
+                if _is_settable(module, name):
                     yield module, name
 
 
-def _is_number(owner: Any, name: str) -> bool:
+def _is_settable(owner: Any, name: str) -> bool:
+    """Whether it is a probability that can be moved; a property or a frozen config cannot."""
     value = getattr(owner, name, None)
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        return False
+    try:
+        setattr(owner, name, value)
+    except (AttributeError, TypeError):
+        return False
+    return True

@@ -1,5 +1,6 @@
 """Knobs of any torch optimizer: a multiplier of its learning rate, and its weight decay."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class LearningRateKnob(KnobAdapter):
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._multiply()),
             optimizer.register_step_post_hook(lambda *_: self._return()),
+            # A checkpoint that is made where a step raised must not hold the multiplied rate.
+            optimizer.register_state_dict_pre_hook(lambda *_: self._return()),
         ]
 
     def read(self) -> float:
@@ -176,9 +179,13 @@ def _small(optimizer: torch.optim.Optimizer, **changes: Any) -> tuple[Any, Tenso
     tame = {"lr": 1e-2, "capturable": False, "fused": None}
     options |= {name: value for name, value in tame.items() if name in options}
     options |= changes
+    kind: Any = type(optimizer)
     try:
-        kind: Any = type(optimizer)
-        return kind([{"params": [parameter], **options}], lr=1e-2), parameter
+        accepted = inspect.signature(kind).parameters
+        given = {name: options[name] for name in options if name in accepted}
+        if "lr" in accepted:
+            given["lr"] = 1e-2
+        return kind([{"params": [parameter], **options}], **given), parameter
     except Exception as error:
         raise AttachError(
             f"{type(optimizer).__name__} cannot be tried ({type(error).__name__}: {error})"

@@ -28,6 +28,8 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
     buffers = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # it holds weights from before the step
     if model is not None and training is not None:
         model.train(training)
     try:
@@ -39,6 +41,9 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
         torch.set_rng_state(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+        torch.set_autocast_cache_enabled(cached)
+        if model is not None and training is not None:
+            model.train(flags[0])  # by its own way: some merge weights, and part them again
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
         with torch.no_grad():

@@ -48,6 +48,17 @@ class BaseController(abc.ABC):
         for name in self.memory:
             setattr(self, name, from_json(state[name], getattr(self, name)))
 
+    def loss(self, observation: np.ndarray) -> np.ndarray:
+        """log(loss / its starting value) of each run, on the probe where it has one."""
+        probe, train = (
+            self.codec.read(observation, f"signal/{split}_level") for split in ("probe", "train")
+        )
+        return np.where(self.codec.read(observation, "has/probe_loss") > 0, probe, train)
+
+    def begun(self, observation: np.ndarray) -> np.ndarray:
+        """Where something has been measured since the start, `[n_runs]`."""
+        return np.asarray(self.codec.read(observation, "signal/progress") > -1)
+
     def hold(self) -> np.ndarray:
         """The actions that move nothing."""
         return np.zeros((self.n_runs, len(self.codec.knobs)))

@@ -13,8 +13,6 @@ from metactl.signals import Codec
 
 logger = logging.getLogger(__name__)
 
-_LOSS_SIGNALS = ("signal/probe_level", "signal/train_level")
-
 
 class Guard(BaseController):
     """Wraps a controller: bounds its actions, and takes over when it fails or the run leaves.
@@ -41,7 +39,7 @@ class Guard(BaseController):
         reasons: Per run, why the last action was not the controller's; empty where it was.
     """
 
-    memory = ("_best", "_worst", "_calm", "_outside", "_good", "vetoes", "failed")
+    memory = ("_best", "_worst", "_calm", "_outside", "_probed", "_good", "vetoes", "failed")
 
     def __init__(
         self,
@@ -66,6 +64,7 @@ class Guard(BaseController):
         self._worst = np.full(n_runs, -np.inf)
         self._calm = np.full(n_runs, np.inf)
         self._outside = np.zeros(n_runs, dtype=np.int64)
+        self._probed = np.zeros(n_runs, dtype=bool)
         self._good = codec.knobs.default_positions(n_runs)
         self.vetoes = np.zeros(n_runs, dtype=np.int64)
         self.reasons = [""] * n_runs
@@ -74,7 +73,7 @@ class Guard(BaseController):
         return {**super().state_dict(), "controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        newer = {name: to_json(getattr(self, name)) for name in ("_calm", "_worst")}
+        newer = {name: to_json(getattr(self, name)) for name in ("_calm", "_worst", "_probed")}
         super().load_state_dict({**newer, **state})  # older states lack them
         self.controller.load_state_dict(state["controller"])
 
@@ -88,7 +87,8 @@ class Guard(BaseController):
         wanted = self._ask(observation)
         finite = np.asarray(np.isfinite(wanted).all(axis=1))
         actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
-        loss = self._loss(observation)
+        loss = self.loss(observation)
+        self._forget_other_losses(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
         recovers = (loss > self._best) & (loss < self._worst - self.band)
@@ -103,8 +103,8 @@ class Guard(BaseController):
         inside = ~out
         self._best = np.fmin(self._best, loss)
         self._good[improved] = self.codec.positions(observation)[improved]
-        begun = self.codec.read(observation, "signal/progress") > -1  # vitals were measured
-        self._calm = np.where(improved & begun & ~recovers, np.maximum(drive, BALANCE), self._calm)
+        vital = improved & self.begun(observation) & ~recovers
+        self._calm = np.where(vital, np.maximum(drive, BALANCE), self._calm)
         defaults = self.codec.knobs.default_positions(self.n_runs)
         lost = self._outside > self.patience
         home = np.where(lost[:, None], defaults, self._good)
@@ -117,6 +117,15 @@ class Guard(BaseController):
             for row in zip(inside, finite, lost, rise, np.where(upset, drive, np.nan), strict=True)
         ]
         return np.where(inside[:, None], actions, back)
+
+    def _forget_other_losses(self, observation: np.ndarray) -> None:
+        """What was the best on the probe says nothing of training losses, nor the reverse."""
+        probed = self.codec.read(observation, "has/probe_loss") > 0
+        other = probed != self._probed
+        self._best = np.where(other, np.inf, self._best)
+        self._worst = np.where(other, -np.inf, self._worst)
+        self._outside = np.where(other, 0, self._outside)
+        self._probed = probed
 
     def _reason(self, inside: bool, finite: bool, lost: bool, rise: float, drive: float) -> str:
         if not inside:
@@ -152,8 +161,3 @@ class Guard(BaseController):
         if points is None:
             return np.zeros(self.n_runs)
         return points.drive(observation, self.codec.names)
-
-    def _loss(self, observation: np.ndarray) -> np.ndarray:
-        probed = self.codec.read(observation, "has/probe_loss") > 0
-        probe, train = (self.codec.read(observation, name) for name in _LOSS_SIGNALS)
-        return np.where(probed, probe, train)

@@ -32,11 +32,7 @@ class Plateau(BaseController):
         self._waited = np.zeros(n_runs, dtype=np.int64)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        probed = self.codec.read(observation, "has/probe_loss") > 0
-        probe, train = (
-            self.codec.read(observation, f"signal/{split}_level") for split in ("probe", "train")
-        )
-        loss = np.where(probed, probe, train).astype(np.float64)
+        loss = self.loss(observation).astype(np.float64)
         improved = loss < self._best - self.tolerance
         self._best = np.where(improved, loss, self._best)
         self._waited = np.where(improved, 0, self._waited + 1)
@@ -62,8 +58,8 @@ class GapDriven(BaseController):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         gap = self.codec.read(observation, "signal/generalisation_gap") / GAP_SCALE
-        begun = self.codec.read(observation, "signal/progress") > -1
-        measured = begun & (self.codec.read(observation, "has/probe_loss") > 0)
+        probed = self.codec.read(observation, "has/probe_loss") > 0
+        measured = self.begun(observation) & probed
         move = (gap > self.high).astype(np.float64) - (gap < self.low)
         actions = self.hold()
         for name in set(self.moves) & set(self.codec.knobs.names):

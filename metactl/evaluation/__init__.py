@@ -10,11 +10,10 @@ from metactl.evaluation.arms import (
 )
 from metactl.evaluation.headroom import by_family, headroom
 from metactl.evaluation.place import Where
-from metactl.evaluation.suite import SUITES, Evaluation, EvaluationPlan, evaluate
+from metactl.evaluation.suite import Evaluation, EvaluationPlan, evaluate
 from metactl.evaluation.summary import headline, summarise
 
 __all__ = [
-    "SUITES",
     "Arm",
     "Evaluation",
     "EvaluationPlan",

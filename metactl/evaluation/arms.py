@@ -112,12 +112,10 @@ def _with_other_seed(episode: Episode) -> Episode:
 
 def static_grid(knobs: KnobSet, n_points: int, seed: int = 0) -> list[FloatArray]:
     """Static settings over all knobs: the default and scrambled Sobol points."""
-    n_sobol = max(0, n_points - 1)
     points: list[FloatArray] = [knobs.default_positions(1)[0]]
-    if n_sobol:
-        sampler = qmc.Sobol(len(knobs), seed=seed)
-        drawn = sampler.random_base2(int(np.ceil(np.log2(max(n_sobol, 1)))))
-        points += list(drawn[:n_sobol])
+    if n_points > 1:
+        drawn = qmc.Sobol(len(knobs), seed=seed).random_base2((n_points - 2).bit_length())
+        points += list(drawn[: n_points - 1])
     return points
 
 
@@ -140,11 +138,10 @@ def rule_arm(positions: FloatArray) -> Arm:
 def more_rule_arms(knobs: KnobSet, positions: FloatArray) -> list[Arm]:
     """What practitioners do by hand, where the run has the knob for it."""
     plateau, gap = Plateau("learning_rate_multiplier"), GapDriven("dropout")
-    both = Together(Plateau(*plateau.moves), GapDriven(*gap.moves))
     rules: dict[str, Plateau | GapDriven | Together] = {
         "plateau rule (learning rate)": plateau,
         "gap rule (dropout)": gap,
-        "plateau and gap rules": both,
+        "plateau and gap rules": Together(plateau, gap),
     }
     return [
         Arm(name=name, positions=positions, controllers=(rule,))
@@ -230,11 +227,11 @@ def swapped_arms(
         for group in SWAPPED_GROUPS
     }
     inside = [f"signal/{name}" for name in INTERNAL_NAMES]
-    everything = [name for names in groups.values() for name in names]
+    everything = [name for group in groups.values() for name in group]
     everything += [name for name in inside if name in names]
     swaps = {"all signals": everything}
     if each:
-        swaps |= {group.replace("_", " "): names for group, names in groups.items()}
+        swaps |= {group.replace("_", " "): own for group, own in groups.items()}
     n = len(of_policy)
     recorded = [of_policy[(task + 1) % n].observations for task in range(n)]
     return [
@@ -242,9 +239,9 @@ def swapped_arms(
             name=f"another run's {label}",
             positions=positions,
             controllers=[
-                _guarded(policy, WithSignalsOf(Learned(policy), names, record))
+                _guarded(policy, WithSignalsOf(Learned(policy), swapped, record))
                 for record in recorded
             ],
         )
-        for label, names in swaps.items()
+        for label, swapped in swaps.items()
     ]

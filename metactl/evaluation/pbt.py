@@ -34,14 +34,26 @@ def perturbed(
     going_on: FloatArray,
     rng: np.random.Generator,
     *,
-    spread: float = 0.15,
     resample: float = 0.25,
 ) -> FloatArray:
     """Knobs near those of the better member, or with probability `resample` anywhere: PBT."""
-    changed = better + spread * rng.standard_normal(better.shape)
-    anew = rng.random(better.shape)
-    drawn = rng.random(better.shape) < resample
-    return np.where(drawn, anew, changed).clip(0, 1)
+    return near_or_anew(better, 0.0, 1.0, rng, resample=resample)
+
+
+def near_or_anew(
+    positions: FloatArray,
+    low: FloatArray | float,
+    high: FloatArray | float,
+    rng: np.random.Generator,
+    *,
+    spread: float = 0.15,
+    resample: float = 0.25,
+) -> FloatArray:
+    """Positions that deviate by `spread`, or with probability `resample` lie anywhere in range."""
+    near = positions + spread * rng.standard_normal(positions.shape)
+    anew = low + (high - low) * rng.random(positions.shape)
+    drawn = rng.random(positions.shape) < resample
+    return np.where(drawn, anew, near).clip(low, high)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from metactl.shards import ShardRow
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """The environment in which runs are played, on tasks that training never drew.
+    """The environment in which runs are played.
 
     Args:
         env_id: Gymnasium id, with the module prefix.

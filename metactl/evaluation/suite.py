@@ -5,6 +5,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from metactl.config import ConfigError
 from metactl.deployment import n_training_runs
 from metactl.evaluation.arms import (
@@ -50,7 +52,6 @@ from metactl.progress import Progress
 from metactl.rollout import TrialResult
 from metactl.worker import ShardError
 
-SUITES = ("quick", "full")
 _TUNING = 0x7A5C  # added to the seed: other tasks and runs, whatever the split
 
 
@@ -172,7 +173,7 @@ def evaluate(
             results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, names, count)
             start = results["best static of training tasks"][0].positions[0]
             losses = [column(results[arm.name], "final_probe").mean() for arm in grid]
-            worst = grid[_argmin([-loss for loss in losses])].positions
+            worst = grid[int(np.argmax(losses))].positions
             there = from_arm(policy, "policy from there", start)
             bad = from_arm(policy, "policy from the worst static", worst)
             results |= play_arms(shards, [there, bad], n, plan.seed, count)
@@ -197,7 +198,7 @@ def evaluate(
 def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:
     """What the undisturbed runs say of a policy, as JSON values."""
     knobs, names = KnobSet(about["knobs"]).names, about["observation_names"]
-    explained = moves_explained_by_progress(results["policy"], knobs)
+    explained = moves_explained_by_progress(results["policy"])
     best_setting = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
     summary = {
         "horizon": about["horizon"],
@@ -281,19 +282,15 @@ def _select_static(
     """
     grid = [results[name] for name in (*grid_names, *chosen_names)]
     means = [column(arm, "final_probe").mean() for arm in grid]
-    selected = {"default": grid[0], "best static": grid[_argmin(means)]}
+    selected = {"default": grid[0], "best static": grid[int(np.argmin(means))]}
     if chosen_names:
-        selected["best static of the grid"] = grid[_argmin(means[: len(grid_names)])]
+        selected["best static of the grid"] = grid[int(np.argmin(means[: len(grid_names)]))]
     tasks = zip(*grid, strict=True)
     return {
         **selected,
         "per-task best static": [_best(runs) for runs in tasks],
         **{name: arm for name, arm in results.items() if name not in grid_names},
     }
-
-
-def _argmin(values: Sequence[float]) -> int:
-    return min(range(len(values)), key=lambda i: values[i])
 
 
 def _best(runs: Sequence[TrialResult]) -> TrialResult:

@@ -5,6 +5,7 @@ The loss is read where the model returns it, in training mode; so the Trainer's
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from metactl.adapters import AttachError
 from metactl.adapters.optimizer import forget_factor
 from metactl.attach import Controller, check_trainers_options
+from metactl.integrations.trainer import take_charge
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,8 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         saved = self._saved_in(state)
         # A run that was begun without the callback: what is left of it is the whole.
         total = state.max_steps if saved else state.max_steps - state.global_step
-        self.controller.attach(model, optimizer, total_steps=total, **self.options)
-        if self.controller.mode == "off":
+        self._release()
+        if not take_charge(self.controller, model, optimizer, total, self.options):
             return
         if saved:
             self.controller.load_state_dict(saved)
@@ -121,18 +123,45 @@ class MetaControlCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._hook is not None:
             self._saved = self.controller.state_dict()
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._return_to(Path(state.best_model_checkpoint))
             self._finish(restore=False)
             optimizer = kwargs["optimizer"]
             forget_factor(getattr(optimizer, "optimizer", optimizer))
 
     def _finish(self, restore: bool) -> None:
-        self._hook.remove()
-        self._hook = None
+        self._release()
         self.controller.detach(restore=restore)
+
+    def _return_to(self, checkpoint: Path) -> None:
+        """The knobs that belong to the weights that the Trainer has just loaded."""
+        try:
+            kept: Any = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            saved = kept.stateful_callbacks[type(self).__name__]["attributes"]["saved"]
+            self.controller.put_knobs(saved)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            logger.warning(
+                "metactl: the best model's knobs cannot be read from %s (%s); those of the end of "
+                "the run stay in force",
+                checkpoint,
+                error,
+            )
+
+    def _release(self) -> None:
+        """Looks at the model's outputs no more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._losses = None, []
 
     def _note(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Keeps a minibatch's loss; it is a share of the step's where the items were counted."""
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and model.training and torch.is_grad_enabled():
+        loss = output[0] if isinstance(output, tuple) and output else _named_loss(output)
+        counts = isinstance(loss, Tensor) and loss.numel() == 1
+        if counts and model.training and torch.is_grad_enabled():
             self._scaled = kwargs.get("num_items_in_batch") is not None
             self._losses.append(loss.detach().mean())
+
+
+def _named_loss(output: Any) -> Any:
+    """As the Trainer reads it of a mapping, also of one with attributes."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from metactl.adapters import AttachError
 from metactl.adapters.optimizer import forget_factor
 from metactl.attach import Controller, check_trainers_options
+from metactl.integrations.trainer import take_charge
 from metactl.meter import gradient_norm
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,7 @@ class MetaControlCallback(lightning.Callback):
         begun = 0 if pending else trainer.global_step
         total = int(steps) - begun if math.isfinite(steps) and steps > 0 else None
         optimizer = trainer.optimizers[0]
-        self.controller.attach(pl_module, optimizer, total_steps=total, **self.options)
-        self._active = self.controller.mode != "off"
+        self._active = take_charge(self.controller, pl_module, optimizer, total, self.options)
         if self._active and pending is not None:
             self.controller.load_state_dict(pending)
 

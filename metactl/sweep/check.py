@@ -34,7 +34,7 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
         return
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
         raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install 'metactl[pb2]'")
-    about = about_runs(trials[0], elsewhere=elsewhere)
+    about = abouts[0]
     if config.every >= about["n_control_steps"]:
         raise ConfigError(
             f"every must be below the {about['n_control_steps']} control steps of a run, else "

@@ -167,8 +167,7 @@ class _Runs:
             self.trace[self.done] = self.loop.positions[0]
             measurement = self.loop.step(still).measurement
             self.lost = np.maximum(self.lost, measurement.diverged)
-            loss = measurement.probe_loss
-            loss = measurement.train_loss if loss is None else loss
+            loss = measurement.judged_loss
             self.probe_loss = np.where(self.lost > 0, self.loop.start_loss, loss)
 
     def test_loss(self) -> FloatArray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from metactl.checkpoint import intact_steps
+from metactl.evaluation.pbt import near_or_anew
 from metactl.knobs import KnobSet
 from metactl.sweep.check import position_bounds
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
@@ -21,7 +22,6 @@ from metactl.sweep.member import CHECKPOINTS, Going, held_positions
 
 logger = logging.getLogger(__name__)
 _AT = "at.json"
-_SPREAD, _RESAMPLE = 0.15, 0.25  # deviation of a knob's move; how often it is drawn anew
 RUNG = "rung"
 """Stretches since this start, the unit of Tune's clock; the last one is not counted."""
 
@@ -33,12 +33,12 @@ def tune_scheduler(config: SweepConfig, knobs: KnobSet) -> Any:
     bounds = position_bounds(config, knobs)
     rng = np.random.default_rng(config.seed)
 
+    low, high = np.array(list(bounds.values())).T
+
     def explored(point: dict[str, Any]) -> dict[str, Any]:
-        moved = dict(point)
-        for knob, (low, high) in bounds.items():
-            near = float(np.clip(point[knob] + _SPREAD * rng.standard_normal(), low, high))
-            moved[knob] = float(rng.uniform(low, high)) if rng.random() < _RESAMPLE else near
-        return moved
+        there = np.array([point[knob] for knob in bounds])
+        moved = near_or_anew(there, low, high, rng)
+        return {**point, **dict(zip(bounds, moved.tolist(), strict=True))}
 
     common: dict[str, Any] = {
         "time_attr": RUNG,

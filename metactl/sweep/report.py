@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from metactl.files import write_atomically
 from metactl.policy import Policy
+from metactl.report import panels, plain_table, wide
 from metactl.rundir import write_json
 from metactl.statistics import paired_difference
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
@@ -118,9 +118,7 @@ def result_table(outcome: Outcome) -> Table:
     order = ", by probe loss" if of_knobs else ""
     title = f"The best {shown} of {len(outcome.results)} trials{order}"
     title = title if shown else "No trial finished"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("trial")
-    table.add_column("gain over default (95 %), nats", justify="right")
+    table = plain_table(title, "trial", "gain over default (95 %), nats")
     table.add_column("began at" if of_knobs else "varied")
     for result in outcome.results[:shown]:
         low, high = result["score_low"], result["score_high"]
@@ -154,74 +152,55 @@ def _write_hparams(results: list[dict[str, Any]], root: Path) -> None:
 
 def draw_search(path: Path, results: list[dict[str, Any]], keys: list[str]) -> None:
     """Draws the score over every key that was varied, one panel each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
     columns = min(_COLUMNS, len(keys))
     rows = math.ceil(len(keys) / columns)
     size = (3.4 * columns + 0.8, 3.2 * rows + 0.2)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    for axis in axes.flat[len(keys) :]:
-        axis.set_visible(False)
-    for axis, key in zip(axes.flat, keys, strict=False):
-        values = [result["changes"].get(key) for result in results]
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        if numeric:
-            places = [float(v) for v in values]
-            if min(places) > 0 and max(places) / min(places) > 20:
-                axis.set_xscale("log")
-                axis.xaxis.set_minor_formatter(NullFormatter())
-        else:
-            names = sorted({str(v) for v in values})
-            places = [float(names.index(str(v))) for v in values]
-            shown = [n if len(n) <= _WIDEST else f"no. {i}" for i, n in enumerate(names, start=1)]
-            axis.set_xticks(range(len(names)), shown, rotation=20, ha="right")
-        for place, result in zip(places, results, strict=True):
-            best = result is results[0]
-            colour = "tab:green" if best else "tab:blue"
-            axis.plot([place] * 2, [result["score_low"], result["score_high"]], color=colour, lw=1)
-            axis.plot(place, result["score"], "o", color=colour, ms=8 if best else 5)
-        axis.axhline(0, color="0.7", lw=1, zorder=0)
-        axis.set_xlabel(key)
-        axis.spines[["top", "right"]].set_visible(False)
-    for first in axes[:, 0]:
-        first.set_ylabel("gain over default (nats)")
-    figure.suptitle(
-        f"{len(results)} trials; the one that is chosen in green; 95 % intervals over tasks",
-        x=0.02,
-        ha="left",
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    title = f"{len(results)} trials; the one that is chosen in green; 95 % intervals over tasks"
+    with panels(path, title, rows, columns, figsize=size, sharey=True) as axes:
+        for axis in axes.flat[len(keys) :]:
+            axis.set_visible(False)
+        for axis, key in zip(axes.flat, keys, strict=False):
+            _draw_key(axis, key, results)
+        for first in axes[:, 0]:
+            first.set_ylabel("gain over default (nats)")
+
+
+def _draw_key(axis: Any, key: str, results: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    values = [result["changes"].get(key) for result in results]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        places = [float(v) for v in values]
+        if wide(places):
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        names = sorted({str(v) for v in values})
+        places = [float(names.index(str(v))) for v in values]
+        shown = [n if len(n) <= _WIDEST else f"no. {i}" for i, n in enumerate(names, start=1)]
+        axis.set_xticks(range(len(names)), shown, rotation=20, ha="right")
+    for place, result in zip(places, results, strict=True):
+        best = result is results[0]
+        colour = "tab:green" if best else "tab:blue"
+        axis.plot([place] * 2, [result["score_low"], result["score_high"]], color=colour, lw=1)
+        axis.plot(place, result["score"], "o", color=colour, ms=8 if best else 5)
+    axis.axhline(0, color="0.7", lw=1, zorder=0)
+    axis.set_xlabel(key)
 
 
 def draw_schedules(path: Path, results: list[dict[str, Any]], keys: list[str]) -> None:
     """Draws where every knob was in the runs that each trial ended with, one panel each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(keys), figsize=(3.4 * len(keys) + 0.8, 3.4), sharex=True, squeeze=False
-    )
-    for axis, key in zip(axes[0], keys, strict=True):
-        for result in reversed(results):
-            best = result is results[0]
-            values = result["schedule"][key]
-            style = {"color": "tab:green", "lw": 2.5} if best else {"color": "tab:blue", "lw": 0.8}
-            axis.step(np.arange(1, len(values) + 1), values, where="mid", **style)
-        drawn = [value for result in results for value in result["schedule"][key]]
-        if min(drawn) > 0 and max(drawn) / min(drawn) > 20:
-            axis.set_yscale("log")
-        axis.set_xlabel("control step")
-        axis.set_title(key, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{len(results)} trials; the best, by probe loss, in green", x=0.02, ha="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size = (3.4 * len(keys) + 0.8, 3.4)
+    title = f"{len(results)} trials; the best, by probe loss, in green"
+    with panels(path, title, 1, len(keys), figsize=size, sharex=True) as axes:
+        for axis, key in zip(axes[0], keys, strict=True):
+            for result in reversed(results):
+                style: dict[str, Any] = {"color": "tab:blue", "lw": 0.8}
+                if result is results[0]:
+                    style = {"color": "tab:green", "lw": 2.5}
+                values = result["schedule"][key]
+                axis.step(np.arange(1, len(values) + 1), values, where="mid", **style)
+            if wide([value for result in results for value in result["schedule"][key]]):
+                axis.set_yscale("log")
+            axis.set_xlabel("control step")
+            axis.set_title(key, fontsize=10)

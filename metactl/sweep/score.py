@@ -9,7 +9,7 @@ from typing import Any
 
 from metactl.deployment import deployment, kinds_of_runs
 from metactl.evaluation import Results, play_arms, policy_arm, static_arm
-from metactl.knobs import FloatArray, KnobSet
+from metactl.knobs import FloatArray
 from metactl.policy import Policy
 from metactl.shards import ShardRow
 from metactl.statistics import paired_difference
@@ -21,17 +21,16 @@ _N_ENVS = 16
 def runs_of(policy: Policy, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Environment id and options of the runs that score a trial."""
     changes = dict(options)
-    env_id, deployed = deployment(policy, changes, data=changes.pop("data", None))
-    if "split" in deployed:
-        deployed["split"] = "meta_train"
-    return env_id, deployed
+    data = changes.pop("data", None)
+    env_id, deployed = deployment(policy, changes, data=data)
+    return env_id, {**deployed, "split": "meta_train"}
 
 
 def play_pair(config: SweepConfig, policy: Policy, options: dict[str, Any]) -> Results:
     """The same tasks at default knobs and under a policy: arms `"default"` and `"policy"`."""
     env_id, deployed = runs_of(policy, options)
     with ShardRow(env_id, min(_N_ENVS, 2 * config.n_tasks), deployed, 0) as shards:
-        default = KnobSet(shards.describe()["knobs"]).default_positions(1)[0]
+        default = shards.knobs.default_positions(1)[0]
         arms = [static_arm("default", default), policy_arm(policy, default)]
         return play_arms(shards, arms, config.n_tasks, config.seed)
 

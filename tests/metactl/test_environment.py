@@ -197,6 +197,16 @@ def test_after_a_divergence_all_begin_together_again_on_the_same_episodes():
     assert len(set(env.loop.start_loss.tolist())) == 1  # the same episode again
 
 
+def test_all_are_together_again_also_where_the_last_step_is_a_divergence():
+    env = toys(3, diverge_above=0.95, n_control_steps=8)
+    env.reset(seed=[5, 5, 5])
+    up = np.array([[1.0, 0], [0, 0], [0, 0]])
+    ended = [env.step(up if step in (2, 3, 7) else 0 * up)[2:4] for step in range(8)]
+    assert ended[7][0].all() and not ended[7][1].any()  # none was truncated
+    assert len(set(env._episodes.tolist())) == 1
+    assert len(set(env.loop.start_loss.tolist())) == 1
+
+
 def test_a_transformer_that_diverges_is_terminated_inside_the_observation_space():
     env = population(2, learning_rate=1e30)
     env.reset(seed=0)

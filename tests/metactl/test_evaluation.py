@@ -268,9 +268,9 @@ def test_moves_of_a_schedule_are_explained_by_progress_and_random_ones_are_not(s
         random_arm(DEFAULT, 40, 0),
     ]
     played = play_arms(shards, arms, 40, 0)
-    explained = moves_explained_by_progress(played["schedule"], ("rate", "width"))
+    explained = moves_explained_by_progress(played["schedule"])
     assert explained == pytest.approx([1.0, 0.0])
-    assert moves_explained_by_progress(played["random moves"], ("rate", "width")).max() < 0.1
+    assert moves_explained_by_progress(played["random moves"]).max() < 0.1
 
 
 def test_what_it_costs_to_reach_the_others_final_loss(shards):

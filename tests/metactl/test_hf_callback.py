@@ -216,6 +216,9 @@ def test_a_share_of_all_processes_items_counts_as_the_whole():
         def attach(self, model, optimizer, **options):
             pass
 
+        def detach(self):
+            pass
+
         def step(self, loss):
             self.heard = float(loss)
 
@@ -240,3 +243,68 @@ def test_copies_on_several_gpus_are_refused_in_words():
     callback, _ = moving()
     with pytest.raises(AttachError, match=r"2 GPUs by nn.DataParallel.*torchrun"):
         callback.on_train_begin(SimpleNamespace(n_gpu=2), transformers.TrainerState(), None)
+
+
+def test_the_best_model_is_given_back_with_its_own_knobs(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    options = {"knobs": ["rope_base"], "example": torch.arange(12)[None]}
+    for greater in (False, True):  # the best by either measure: one of them is not the last
+        callback, _ = moving(**options)
+        folder = tmp_path / str(greater)
+        trainer, _ = train(folder, callback=callback, greater_is_better=greater, **saving, **best)
+        seen = trainer.state
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(seen.best_metric, abs=1e-7)
+        if seen.best_global_step != STEPS:
+            break
+    else:
+        pytest.fail("the last checkpoint was the best by both measures")
+
+
+def test_a_training_that_is_extended_goes_on(tmp_path, caplog):
+    first, _ = moving()
+    train(tmp_path, callback=first, save_strategy="steps", save_steps=STEPS)
+    second, _ = moving()
+    resume = str(tmp_path / f"checkpoint-{STEPS}")
+    train(tmp_path, callback=second, resume=resume, max_steps=2 * STEPS)
+    assert f"was to have {STEPS} optimizer steps" in caplog.text
+    assert second._saved["meter"]["steps"] == 2 * STEPS
+
+
+def test_a_training_of_one_step_and_one_that_begins_again_are_no_mistakes(tmp_path, caplog):
+    callback, logged = moving()
+    train(tmp_path, callback=callback, max_steps=1)
+    assert "leaves nothing to decide" in caplog.text and not logged
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4 and not stopped:
+                stopped.append(state.global_step)
+                raise KeyboardInterrupt
+
+    stopped = []
+    trainer, _ = train(tmp_path, callback=callback, max_steps=2)
+    trainer.args.max_steps = STEPS
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert callback._saved["meter"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_model_that_returns_no_object_is_heard(kind, tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"])
+
+        def forward(self, input_ids, labels=None):
+            found = self.inner(input_ids=input_ids, labels=labels)
+            named = {"loss": found.loss, "logits": found.logits}
+            return named if kind is dict else tuple(v for v in named.values() if v is not None)
+
+    callback, logged = moving(knobs=["learning_rate_multiplier"], example=torch.arange(12)[None])
+    train(tmp_path, model=Plain(), callback=callback, eval_strategy="no")
+    assert callback._saved["mode"] == "act"
+    assert [value for tag, value, _ in logged if tag == "train/loss"]

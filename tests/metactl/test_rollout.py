@@ -150,12 +150,6 @@ def test_a_result_holds_the_whole_course_of_its_run():
     assert result.values["rate"][-1] == 1.0
 
 
-def test_without_a_test_the_test_split_is_never_touched():
-    loop = loop_of(ToyPlant(2))
-    play(loop, [trial(loop, 1)], test=False)
-    assert set(loop.run.evaluated) == {"probe"}
-
-
 def test_a_run_without_probes_is_judged_by_its_training_loss():
     loop = loop_of(ToyPlant(1, probes=False))
     result = play(loop, [trial(loop, 1)])[0]

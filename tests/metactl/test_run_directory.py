@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -6,6 +7,7 @@ import pytest
 import yaml
 
 from metactl.config import ConfigError, TrainConfig, dump
+from metactl.demo import clear_demo
 from metactl.rundir import (
     RunDirectoryError,
     differences,
@@ -81,7 +83,7 @@ def test_resuming_with_another_config_names_the_keys_that_differ(tmp_path):
 
 def test_resuming_another_command_names_both(tmp_path):
     open_run_directory(tmp_path, "evaluate", CONFIG)
-    with pytest.raises(RunDirectoryError, match="holds a evaluate run, not train"):
+    with pytest.raises(RunDirectoryError, match="holds a run of 'evaluate', not of 'train'"):
         open_run_directory(tmp_path, "train", CONFIG, resume=True)
 
 
@@ -146,6 +148,28 @@ def test_two_processes_are_not_at_work_in_one_directory(tmp_path):
         other.kill()
     for _ in range(2):  # free after a kill, and this process may come back
         assert open_run_directory(tmp_path, "train", {"seed": 1}, resume=True) == tmp_path
+
+
+def test_whoever_comes_second_does_not_write_over_the_record(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        record = (tmp_path / "config.yaml").read_text()
+        (tmp_path / "config.yaml").unlink()  # as if it were not written yet
+        with pytest.raises(RunDirectoryError, match="is in use by another process"):
+            open_run_directory(tmp_path, "train", {"seed": 2})
+        assert not (tmp_path / "config.yaml").exists()
+        (tmp_path / "config.yaml").write_text(record.replace("kind: train", "kind: demo"))
+        with pytest.raises(RunDirectoryError, match="is in use by another process"):
+            clear_demo(tmp_path)
+        assert (tmp_path / "config.yaml").exists()
+        other.kill()
+    (tmp_path / "tb").mkdir()
+    clear_demo(tmp_path)
+    assert open_run_directory(tmp_path, "demo", {"seed": 1}) == tmp_path
+    shutil.rmtree(tmp_path)
+    open_run_directory(tmp_path, "train", {"seed": 1})  # made anew by one process: locked anew
+    assert subprocess.run(command, capture_output=True).returncode == 1
 
 
 def test_what_is_resumed_is_never_taken_back(tmp_path):
