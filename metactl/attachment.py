@@ -178,6 +178,8 @@ class Attachment:
             written, positions, last_moves = (
                 self._numbers_of(state[name]) for name in ("knobs", "positions", "last_moves")
             )
+            if not all(0 <= position <= 1 for position in positions.values()):
+                raise ValueError(f"positions must be in [0, 1], got {positions}")
             total, index = int(state["total"]), int(state["index"])
             if total < 2 or index < 0:
                 raise ValueError(f"control step {index} of {total} optimizer steps")

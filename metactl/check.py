@@ -75,7 +75,7 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
 def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # it may do anything
+    except (Exception, SystemExit) as error:  # it may do anything
         reason = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"Module {name!r} cannot be imported: {reason}") from error
 

@@ -21,12 +21,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from metactl.files import sync_folder, write_atomically
+from metactl.files import read_bytes, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 KEEP = 3
 _ARRAY = "array/"  # before the names of what was an array, and will be one again
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError, MemoryError)
+_LARGEST = 1 << 40  # bytes
 
 
 def save_checkpoint(
@@ -56,8 +57,10 @@ def save_checkpoint(
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
     }
     write_atomically(draft / "state.json", json.dumps(manifest).encode())
-    if final.exists():
+    if final.is_dir() and not final.is_symlink():
         shutil.rmtree(final)
+    else:
+        final.unlink(missing_ok=True)
     draft.rename(final)
     sync_folder(folder)
     for old in _checkpoints(folder)[KEEP:]:
@@ -125,8 +128,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    manifest = json.loads((checkpoint / "state.json").read_bytes())
-    blob = (checkpoint / "state.safetensors").read_bytes()
+    manifest = json.loads(read_bytes(checkpoint / "state.json", _LARGEST))
+    blob = read_bytes(checkpoint / "state.safetensors", _LARGEST)
     body = manifest["scalars"]
     if not isinstance(body, str):
         raise ValueError("state.json has no scalars")

@@ -6,20 +6,21 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from metactl.commands import Apply, Check, Command, Demo, Evaluate, Sweep, Train
-from metactl.errors import WorkerDied
+from metactl.errors import WorkerDied, harmless, is_of_size
 
 if TYPE_CHECKING:
     from metactl.config import EnvironmentConfig
     from metactl.evaluation import Where
 
 _OF_THE_PLACE = (  # errors that say where somebody wanted something written, not what went wrong
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EROFS, errno.ENOENT),
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 _ROTATION = "environment.options.rotation"
@@ -51,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except (ValueError, ImportError, WorkerDied) as error:
         code = _refuse(str(error))
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if not is_of_size(error):
+            raise
+        code = _refuse(f"too large for this machine: {error}")
     except BrokenPipeError:  # somebody reads no further, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -63,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(reason: str) -> int:
-    print(f"metactl: error: {' '.join(reason.split())}", file=sys.stderr)
+    print(f"metactl: error: {harmless(reason)}", file=sys.stderr)
     return 2
 
 
@@ -79,7 +84,7 @@ def _train(command: Train) -> int:
     flags = {
         "ppo.total_timesteps": command.total_timesteps,
         "environment.n_envs": command.n_envs,
-        "environment.n_workers": _shards_wanted(command),
+        "environment.n_workers": command.n_workers,
         "environment.shards": command.shards,
         "environment.gpus_per_shard": command.gpus_per_shard,
         "environment.options.data": None if command.data is None else str(command.data),
@@ -106,12 +111,6 @@ def _train(command: Train) -> int:
         f"tensorboard --logdir {run_dir / 'tb'}",
     )
     return 0
-
-
-def _shards_wanted(command: Train) -> int | None:
-    if command.num_shards is None or command.n_workers is None:
-        return command.n_workers if command.num_shards is None else command.num_shards
-    raise ValueError("--num-shards and --n-workers are the same: give one of them")
 
 
 @contextlib.contextmanager
@@ -147,7 +146,9 @@ def _apply(command: Apply) -> int:
     changes["horizon"] = command.optimizer_steps
     if command.unique_bytes is not None:
         changes["unique_bytes"] = [command.unique_bytes, command.unique_bytes]
-    env_id, options = deployment(policy, changes, data=command.data, whole=True)
+    env_id, options = deployment(
+        policy, changes, data=command.data, whole=True, environment=command.environment
+    )
     record = {
         "environment": {"id": env_id, "options": options},
         "policy": str(find_policy(command.policy).resolve()),
@@ -189,8 +190,8 @@ def _evaluate(command: Evaluate) -> int:
     from metactl.evaluation import EvaluationPlan, Where, evaluate, headline
     from metactl.policy import Policy, find_policy
     from metactl.progress import bar, console
-    from metactl.report import draw_runs, evaluation_report
-    from metactl.rundir import require_writable, write_json
+    from metactl.report import draw_compared, evaluation_report
+    from metactl.rundir import writable, write_json
     from metactl.shards import default_workers
 
     _require_at_least(command, n_tasks=2, grid=1, n_envs=1, n_workers=-1, seed=0)
@@ -202,7 +203,8 @@ def _evaluate(command: Evaluate) -> int:
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
-    require_writable(command.json, picture=command.figure)
+    figure = writable(command.figure, picture=True)
+    command = replace(command, json=writable(command.json), figure=figure)
     full = command.suite == "full"
     plan = EvaluationPlan(
         n_tasks=command.n_tasks,
@@ -223,7 +225,9 @@ def _evaluate(command: Evaluate) -> int:
     changes = flags | dict(parse_assignment(text) for text in command.set)
     if "data" in changes:
         raise ConfigError("--set data: give it by --data")
-    env_id, options = deployment(policy, changes, data=command.data)
+    env_id, options = deployment(
+        policy, changes, data=command.data, environment=command.environment
+    )
     workers = default_workers() if command.n_workers < 0 else command.n_workers
     kept = None if command.run_dir is None else _folder_of_runs(command.run_dir)
     where = Where(
@@ -242,7 +246,7 @@ def _evaluate(command: Evaluate) -> int:
     if command.update_card:
         policy.with_evaluation(headline(evaluation.summary)).save(command.policy)
     if command.figure is not None:
-        draw_runs(command.figure, _drawn(evaluation.results), "Held-out runs")
+        draw_compared(command.figure, evaluation.results, "Held-out runs")
     return 0
 
 
@@ -384,10 +388,6 @@ def _require_at_least(command: Any, **least: int) -> None:
         value = getattr(command, flag)
         if value is not None and value < low:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {low}, got {value}")
-
-
-def _drawn(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: results[name] for name in ("default", "best static", "policy")}
 
 
 def _print_next(*commands: str) -> None:

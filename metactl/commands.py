@@ -28,12 +28,10 @@ class Train:
     """Control steps to learn from, over all runs."""
     n_envs: int | None = None
     """Training runs per worker process."""
-    n_workers: int | None = None
+    n_workers: Annotated[int | None, tyro.conf.arg(aliases=["--num-shards"])] = None
     """Worker processes (-1: one per core, 0: none)."""
     shards: Literal["processes", "ray"] | None = None
     """Where workers live: processes of this machine, or actors of a Ray cluster."""
-    num_shards: int | None = None
-    """The same as --n-workers."""
     gpus_per_shard: float | None = None
     """GPUs, or a share of one, of each Ray actor."""
     address: Annotated[str | None, _by_default("RAY_ADDRESS, else one on this machine")] = None
@@ -78,6 +76,8 @@ class Apply:
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     device: str | None = None
     """Torch device, such as cpu or cuda."""
+    environment: str | None = None
+    """Id of the environment, MODULE:NAME-vN, where the policy was trained in one of yours."""
     n_runs: int = 1
     """New training runs, advanced together."""
     seed: int = 0
@@ -104,6 +104,8 @@ class Evaluate:
     """Draw losses and knobs of some tasks here, as PNG."""
     data: Annotated[Path | None, _by_default("held-out part of what it was trained on")] = None
     """File or folder of text."""
+    environment: str | None = None
+    """Id of the environment, MODULE:NAME-vN, where the policy was trained in one of yours."""
     suite: Literal["quick", "full"] = "quick"
     """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs."""
     beforehand: bool = False

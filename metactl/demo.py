@@ -25,7 +25,7 @@ from metactl.evaluation import (
 from metactl.evaluation.place import Counter
 from metactl.policy import Policy
 from metactl.progress import Progress, bar, console
-from metactl.report import draw_runs, gap_sentence, paired_table
+from metactl.report import draw_compared, gap_sentence, paired_table
 from metactl.rundir import LOCK, RunDirectoryError, lock, open_run_directory, write_json
 from metactl.shards import default_workers
 from metactl.train import train
@@ -81,8 +81,8 @@ def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
     with bar("Paired larger runs") as progress:
         larger = _larger(policy, plan, progress)
     policy.with_evaluation(headline(held_out.summary)).save(run_dir / "policy")
-    arms = {name: held_out.results[name] for name in ("default", "best static", "policy")}
-    draw_runs(run_dir / "demo.png", arms, "Held-out runs: default, best static, policy")
+    title = "Held-out runs: default, best static, policy"
+    draw_compared(run_dir / "demo.png", held_out.results, title)
     write_json(
         run_dir / "summary.json",
         {

@@ -9,6 +9,7 @@ from metactl.policy import Policy, PolicyError
 from metactl.rundir import resolve_data
 
 _TRAINING_ONLY = ("random_start", "freeze", "hide", "disturb", "reward_scale")
+_OURS = "envs"  # the package of our own environments
 _EVERYTHING = 1 << 40  # bytes; cut to what the data has
 
 
@@ -18,6 +19,7 @@ def deployment(
     *,
     data: Path | None = None,
     whole: bool = False,
+    environment: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Environment id and options of new runs for a policy.
 
@@ -28,15 +30,23 @@ def deployment(
         changes: Options that differ from training; a value of `None` changes nothing.
         data: File or folder of other text.
         whole: Learn all of `data` in every run, instead of pieces as in training.
+        environment: The id of the environment that the policy was trained in, where it is not ours:
+            a card alone never says which module is imported.
 
     Raises:
-        PolicyError: If the card does not say where the policy was trained.
+        PolicyError: If the card does not say where the policy was trained, or names somebody
+            else's environment, and nobody vouches for it.
         ConfigError: If the data does not exist.
     """
     recipe = _recipe(policy)
     if recipe is None:
         raise PolicyError("The policy's card does not say in which environment it was trained")
     trained = recipe.environment
+    if trained.id.partition(":")[0] != _OURS and trained.id != environment:
+        raise PolicyError(
+            f"The policy was trained in {trained.id!r}, and a card may not choose which code runs "
+            f"here; if you trust that module, name it: --environment {trained.id}"
+        )
     options = {k: v for k, v in trained.options.items() if k not in _TRAINING_ONLY}
     options |= {"split": "meta_test", "n_control_steps": policy.card.n_control_steps}
     if data is not None:

@@ -109,6 +109,10 @@ class ControlLoop:
         """Moves the knobs, trains, and says what was seen and what it was worth."""
         share = 1 / self.config.n_control_steps
         action = np.nan_to_num(np.asarray(action, dtype=np.float64), nan=0.0)
+        if action.shape != self.positions.shape:
+            raise ValueError(
+                f"actions must be of shape {self.positions.shape} (runs, knobs), got {action.shape}"
+            )
         moved = self.knobs.move(self.positions, action, progress=share, available=self.available)
         self.last_moves = (moved - self.positions) / (self.knobs.max_moves * share)
         blocked = np.abs(np.clip(action, -1, 1) - self.last_moves) * self.available
@@ -265,6 +269,8 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
             if len(seeds) != self.num_envs:
                 raise ValueError(f"reset needs {self.num_envs} seeds, got {len(seeds)}")
             for i, each in enumerate(seeds):
+                if each is not None and not 0 <= each < 2**63:
+                    raise ValueError(f"a seed must be in [0, 2**63), got {each}")
                 if each is not None:
                     self._seeds[i], self._episodes[i] = each, 0
         return self._begin(list(range(self.num_envs))), {}

@@ -13,3 +13,20 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}. Known: {', '.join(known)}.{hint}"
+
+
+_LONGEST = 2000  # characters of a message
+_SIZES = ("can't allocate memory", "out of memory", "not enough memory")  # torch's words
+
+
+def harmless(text: str) -> str:
+    """A message as one line of bounded length that no terminal obeys."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def is_of_size(error: Exception) -> bool:
+    """Whether something was too large: for the memory, or for a number."""
+    if isinstance(error, MemoryError | OverflowError):
+        return True
+    return any(words in str(error) for words in _SIZES)

@@ -1,6 +1,8 @@
 """Writing files so that a kill at any moment leaves the old one or the new one, never half."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 
@@ -14,7 +16,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         return
     if path.is_symlink():
         path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -28,6 +30,42 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def require_place(path: Path) -> None:
+    """Tries whether `write_atomically` has a place to write in; leaves nothing behind.
+
+    Raises:
+        OSError: If it has none.
+    """
+    if not path.exists() or path.is_file():
+        temporary = _temporary(path.resolve())
+        temporary.touch()
+        temporary.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Reads a plain file; never waits for a pipe, nor reads a device.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may have.
+
+    Raises:
+        OSError: If it cannot be read, is no plain file, or has more.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        if about.st_size > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB", str(path))
+        return file.read()
 
 
 def sync_folder(path: Path) -> None:

@@ -8,6 +8,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field, replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ from safetensors.numpy import save as save_tensors
 
 from metactl.config import ConfigError, dump, parse
 from metactl.errors import unknown_name
-from metactl.files import write_atomically
+from metactl.files import read_bytes, write_atomically
 from metactl.homeostasis import SetPoints
 from metactl.knobs import FloatArray, Knob
 
@@ -251,16 +252,12 @@ def _compact(weight: FloatArray) -> np.ndarray:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        return read_bytes(path, _MAX_BYTES)
     except OSError as error:
         reason = error.strerror or error
         raise PolicyError(
             f"{str(path.parent)!r} is no policy: {path.name} cannot be read: {reason}"
         ) from error
-    if len(data) > _MAX_BYTES:
-        raise PolicyError(f"Policy file {str(path)!r} is larger than {_MAX_BYTES >> 20} MiB")
-    return data
 
 
 def _read_card(path: Path) -> PolicyCard:
@@ -297,9 +294,8 @@ def _finite_float(text: str) -> float:
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{counts.most_common(1)[0][0]!r} is there twice")
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from metactl.knobs import FloatArray
@@ -31,7 +32,7 @@ def paired_table(summary: dict[str, Any], title: str) -> Table:
         difference = summary["policy_minus"].get(arm)
         wins = None if difference is None else difference["probability_of_improvement"]
         table.add_row(
-            f"[bold]{arm}[/bold]" if arm == "policy" else arm,
+            f"[bold]{arm}[/bold]" if arm == "policy" else escape(arm),
             f"{figures['final_test']:.3f}",
             f"{figures['best_checkpoint_test']:.3f}",
             _difference(summary, arm),
@@ -47,7 +48,7 @@ def disturbed_table(summary: dict[str, Any], title: str) -> Table:
     table = plain_table(title, *headers, "in balance")
     for arm, figures in sorted(summary["arms"].items(), key=lambda item: -item[1]["final_test"]):
         table.add_row(
-            f"[bold]{arm}[/bold]" if arm == "policy" else arm,
+            f"[bold]{arm}[/bold]" if arm == "policy" else escape(arm),
             f"{figures['final_test']:.3f}",
             _difference(summary, arm),
             f"{figures['excess_loss_area']:.4f}",
@@ -193,6 +194,11 @@ def panels(path: Path, title: str, rows: int, columns: int, **layout: Any) -> It
 def wide(values: Sequence[float] | FloatArray) -> bool:
     """Whether values are drawn on a logarithmic axis: all above 0, and far apart."""
     return min(values) > 0 and max(values) / min(values) > 20
+
+
+def draw_compared(path: Path, results: Mapping[str, Sequence[TrialResult]], title: str) -> None:
+    """Draws a policy beside the default and the best static setting; see `draw_runs`."""
+    draw_runs(path, {name: results[name] for name in ("default", "best static", "policy")}, title)
 
 
 def draw_runs(

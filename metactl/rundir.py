@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from metactl.config import ConfigError
-from metactl.errors import WorkerDied
-from metactl.files import write_atomically
+from metactl.files import read_bytes, require_place, write_atomically
 
 _PICTURES = (".png", ".pdf", ".svg")
 LOCK = ".lock"
 _locks: dict[tuple[int, int], int] = {}  # by lock file: what keeps it, until this process ends
 _EMPTY = ("config.yaml", "tb", LOCK)
+_LARGEST = 1 << 22  # bytes of a record
 _PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
 
 
@@ -120,7 +120,7 @@ def discard_if_refused(run_dir: Path, *, resume: bool = False) -> Iterator[None]
     begun = any(path.name not in _EMPTY for path in run_dir.iterdir())
     try:
         yield
-    except (ValueError, ImportError, WorkerDied):
+    except Exception:
         if not begun and not resume and all(path.name in _EMPTY for path in run_dir.iterdir()):
             shutil.rmtree(run_dir)
         raise
@@ -139,9 +139,9 @@ def _record(kind: str, config: Mapping[str, Any]) -> str:
 
 def _require_same(record: Path, kind: str, config: Mapping[str, Any]) -> None:
     try:
-        held = yaml.safe_load(record.read_text())
+        held = yaml.safe_load(read_bytes(record, _LARGEST))
         held_kind, held_config = held["kind"], held["config"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
         raise RunDirectoryError(f"{str(record)!r} is damaged and cannot be resumed") from error
     if held_kind != kind:
         raise RunDirectoryError(
@@ -174,30 +174,29 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(body, indent=2, allow_nan=False) + "\n").encode())
 
 
-def require_writable(*files: Path | None, picture: Path | None = None) -> None:
-    """Makes the folders of files that are to be written; refuses what cannot be, before the work.
+def writable(file: Path | None, *, picture: bool = False) -> Path | None:
+    """Where a file is to be written, its folder made; refuses what cannot be, before the work.
 
     Raises:
         ConfigError: With the file, and why.
     """
-    if picture is not None and picture.suffix.lower() not in _PICTURES:
-        raise ConfigError(f"A picture must end in {', '.join(_PICTURES)}, got {picture.name!r}")
-    for file in (*files, picture):
-        if file is None:
-            continue
-        path = _resolved(file, "File")
-        if path.is_dir():
-            raise ConfigError(f"File {str(file)!r} cannot be written: it is a directory")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise ConfigError(
-                f"File {str(file)!r} cannot be written: {str(path.parent)!r} is no folder"
-            ) from error
-        except OSError as error:
-            raise ConfigError(f"File {str(file)!r} cannot be written: {error.strerror}") from error
-        if not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"File {str(file)!r} cannot be written: no permission in its folder")
+    if file is None:
+        return None
+    if picture and file.suffix.lower() not in _PICTURES:
+        raise ConfigError(f"A picture must end in {', '.join(_PICTURES)}, got {file.name!r}")
+    _resolved(file, "File")
+    path = Path(os.path.abspath(file.expanduser()))  # a link stays one
+    what = f"File {str(file)!r} cannot be written"
+    if path.is_dir():
+        raise ConfigError(f"{what}: it is a directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_place(path)
+    except FileExistsError as error:
+        raise ConfigError(f"{what}: {str(path.parent)!r} is no folder") from error
+    except OSError as error:
+        raise ConfigError(f"{what}: {error.strerror}") from error
+    return path
 
 
 def _resolved(path: str | Path, what: str) -> Path:

@@ -74,7 +74,23 @@ def restore(
     Raises:
         RunDirectoryError: If it is not of a training like this one.
     """
+    try:
+        _restore(model, shards, tensors, scalars)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RunDirectoryError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise RunDirectoryError(f"The checkpoint does not fit this training: {reason}") from error
 
+
+def n_shards_of(tensors: dict[str, Tensor]) -> int:
+    """Of how many shards a snapshot is."""
+    return len({name.split("/")[1] for name in tensors if name.startswith("shard/")})
+
+
+def _restore(
+    model: PPO, shards: ShardRow, tensors: dict[str, Tensor], scalars: dict[str, Any]
+) -> None:
     def under(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -92,7 +108,7 @@ def restore(
         moments.setdefault(int(index), {})[name] = tensor
     model.policy.optimizer.load_state_dict({**optimizer, "state": moments})
     states = [(from_tensors(under(f"shard/{k}/")),) for k in range(shards.n_shards)]
-    n_saved = len({key.partition("/")[0] for key in under("shard/")})
+    n_saved = n_shards_of(tensors)
     if n_saved != shards.n_shards:
         raise RunDirectoryError(
             f"The checkpoint has {n_saved} shards, this training {shards.n_shards}; resume with "
@@ -101,12 +117,17 @@ def restore(
     shards.call("load_state_dict", states)
     assert isinstance(model.env, ShardVecEnv)
     model.env.load_state_dict({name: value.numpy() for name, value in under("env/").items()})
+    if missing := {"reward_scales", "reward_unit", "pending"} - set(scalars):
+        raise KeyError(f"no {', '.join(sorted(missing))}")
     model.num_timesteps = scalars["num_timesteps"]
     model._n_updates = scalars["n_updates"]
     model._last_obs = tensors["last_obs"].numpy().copy()
     model._last_episode_starts = tensors["last_episode_starts"].numpy().copy()
     keys = tensors["rng/numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, *scalars["numpy"]))
+    position, has_gauss, cached = scalars["numpy"]
+    if not 0 <= position <= len(keys):  # NumPy would read past its end
+        raise ValueError(f"NumPy's generator is at {position} of {len(keys)}")
+    np.random.set_state(("MT19937", keys, position, has_gauss, cached))
     version, gauss = scalars["python"]
     random.setstate((version, tuple(tensors["rng/python"].tolist()), gauss))
 

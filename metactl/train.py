@@ -23,7 +23,7 @@ from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
-from metactl.snapshot import restore, restore_exploration, snapshot
+from metactl.snapshot import n_shards_of, restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
 from metactl.worker import ProcessWorker, Worker
 
@@ -41,10 +41,18 @@ def n_shards(environment: EnvironmentConfig) -> int:
     return max(default_workers(), len(environment.variants))
 
 
-def build_shards(config: TrainConfig, *, healthy: bool = False) -> ShardRow:
-    """The runs that a policy learns on; `healthy`: without variants, and nothing befalls them."""
+def build_shards(
+    config: TrainConfig, *, healthy: bool = False, workers: int | None = None
+) -> ShardRow:
+    """The runs that a policy learns on.
+
+    Args:
+        config: Says which.
+        healthy: Without variants, and nothing befalls them.
+        workers: How many, if not as the configuration has it on this machine.
+    """
     environment = config.environment
-    workers = n_shards(environment)
+    workers = n_shards(environment) if workers is None else workers
     variants = () if healthy else environment.variants
     unwanted = ("disturb",) if healthy else ()
     options = {name: v for name, v in environment.options.items() if name not in unwanted}
@@ -82,12 +90,15 @@ def train(
     Raises:
         RunDirectoryError: If there are checkpoints, and all are damaged.
     """
-    with build_shards(config) as shards:
+    state = load_newest_checkpoint(run_dir / "checkpoints") if resume else None
+    workers = None
+    if state is not None and config.environment.n_workers < 0:
+        workers = n_shards_of(state[0]) or None  # begun where there were more cores, or fewer
+    with build_shards(config, workers=workers) as shards:
         env = ShardVecEnv(shards, config.ppo.paired_runs, config.ppo.bound_cost)
         model = build_ppo(config, env)
         tensors: dict[str, Tensor] | None = None
         pending: dict[str, float] = {}  # figures noted, but not yet on the board
-        state = load_newest_checkpoint(run_dir / "checkpoints") if resume else None
         if state is not None:
             tensors, scalars = state
             restore(model, shards, tensors, scalars)

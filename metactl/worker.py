@@ -1,9 +1,13 @@
 """Shards that live elsewhere, and outlive the place where they live."""
 
 import abc
+import contextlib
 import logging
 import multiprocessing
+import os
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -40,10 +44,23 @@ def set_up_torch() -> None:
     torch.set_flush_denormal(True)
 
 
-def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
+def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...], owner: int) -> None:
     """A worker process: builds its shard, then answers calls until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
     set_up_torch()
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        _answer_calls(parent, build, arguments)
+
+
+def _end_with(owner: int) -> None:
+    """Ends this process soon after its owner, also in the middle of a call."""
+    while os.getppid() == owner:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _answer_calls(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None:
     try:
         shard = build(*arguments)
         parent.send(("ok", None))
@@ -52,8 +69,8 @@ def _serve(parent: Connection, build: Build, arguments: tuple[Any, ...]) -> None
             parent.send(("ok", getattr(shard, method)(*args)))
             if method == "close":
                 return
-    except (EOFError, BrokenPipeError):
-        return  # the parent is gone
+    except (EOFError, ConnectionError):
+        raise
     except ImportError as error:
         parent.send(("not found", str(error)))
     except ValueError as error:
@@ -172,7 +189,7 @@ class ProcessWorker(Worker):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, self._build, self._arguments), daemon=True
+            target=_serve, args=(theirs, self._build, self._arguments, os.getpid()), daemon=True
         )
         self.process.start()
         theirs.close()

@@ -93,11 +93,16 @@ def load_corpus(path: str | Path | None) -> Corpus:
 def _from_files(name: str, root: Path, files: list[Path]) -> Corpus:
     """Assigns whole files to a part by a hash of their names, so that adding files moves none."""
     parts: dict[str, list[NDArray[np.uint8]]] = {part: [] for part in PARTS}
+    left = _MAX_BYTES
     for file in files:
         place = file.relative_to(root).as_posix()
         digest = hashlib.sha256(place.encode("utf-8", "surrogateescape")).digest()
         held_out = int.from_bytes(digest[:4], "big") < META_TEST_SHARE * 2**32
         parts["meta_test" if held_out else "meta_train"].append(_read(file))
+        left -= len(parts["meta_test" if held_out else "meta_train"][-1])
+        if left < 0:
+            logger.warning("Of data %r about the first %d MiB are used", name, _MAX_BYTES >> 20)
+            break
     sizes = {part: sum(map(len, pieces)) for part, pieces in parts.items()}
     total = sum(sizes.values())
     if total == 0:

@@ -145,11 +145,11 @@ class Guard(BaseController):
             return self.hold()
         expected = (self.n_runs, len(self.codec.knobs))
         try:
-            wanted = np.asarray(self.controller.act(observation), dtype=np.float64)
+            wanted = np.asarray(self.controller.act(observation.copy()), dtype=np.float64)
             if wanted.shape != expected:
                 raise ValueError(f"actions must have shape {expected}, got {wanted.shape}")
             return wanted
-        except Exception:
+        except (Exception, SystemExit):  # a controller ends no training
             if self.strict:
                 raise
             self.failed = True

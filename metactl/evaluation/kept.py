@@ -1,9 +1,9 @@
 """What an evaluation played is kept, so that one that was stopped goes on where it was.
 
-A file holds the results of the runs of one population, as plain arrays. Its name is a hash of all
-that determines them: environment, options, tasks, controllers, and the library's own source. Code
-outside of the library (a plant, a model) is not in the name; so the first population that is found
-is played again, and must come out the same.
+A file holds the results of the runs of one population: a checksum, then plain arrays. Its name is a
+hash of all that determines them: environment, options, tasks, controllers, and the library's own
+source. Code outside of the library (a plant, a model) is not in the name; so the first population
+that is found is played again, and must come out the same.
 """
 
 import hashlib
@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from metactl.config import ConfigError
-from metactl.files import write_atomically
+from metactl.files import read_bytes, write_atomically
 from metactl.rollout import Between, Trial, TrialResult
 from metactl.shards import ShardRow
 
 _LIBRARY = Path(__file__).parent.parent
 _VALUES = "values/"
+_CHECKSUM = 32  # bytes, in front
+_LARGEST = 1 << 32  # bytes of a file
 
 
 class KeepingRow(ShardRow):
@@ -62,12 +64,12 @@ class KeepingRow(ShardRow):
         left = [i for i in range(len(chunks)) if i not in kept]
         for place, results in super().play_chunks([chunks[i] for i in left], between):
             packed = _packed(results)
-            write_atomically(paths[left[place]], packed)
+            _keep(paths[left[place]], packed)
             yield left[place], _unpacked(packed)  # in memory too as it is read again
 
     def _path(self, chunk: Sequence[Trial], between: Between | None) -> Path:
         determined = self._stem + pickle.dumps((list(chunk), between))
-        return self._folder / f"{hashlib.sha256(determined).hexdigest()[:32]}.npz"
+        return self._folder / f"{hashlib.sha256(determined).hexdigest()[:32]}.played"
 
     def _require_repeatable(
         self,
@@ -106,11 +108,17 @@ def _packed(results: Sequence[TrialResult]) -> bytes:
     return buffer.getvalue()
 
 
+def _keep(path: Path, packed: bytes) -> None:
+    write_atomically(path, hashlib.sha256(packed).digest() + packed)
+
+
 def _read(path: Path) -> list[TrialResult] | None:
     """The results of a file, unless it is missing or damaged."""
     try:
-        return _unpacked(path.read_bytes())
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile):
+        held = read_bytes(path, _LARGEST)
+        checksum, packed = held[:_CHECKSUM], held[_CHECKSUM:]
+        return _unpacked(packed) if hashlib.sha256(packed).digest() == checksum else None
+    except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, MemoryError):
         return None
 
 

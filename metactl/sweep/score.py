@@ -19,10 +19,16 @@ _N_ENVS = 16
 
 
 def runs_of(policy: Policy, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Environment id and options of the runs that score a trial."""
+    """Environment id and options of the runs that score a trial.
+
+    Args:
+        policy: Who moves the knobs, or whose runs they are.
+        options: Of the environment; beside them `data`, and `environment`, its id, where it is not
+            ours (see `deployment`).
+    """
     changes = dict(options)
-    data = changes.pop("data", None)
-    env_id, deployed = deployment(policy, changes, data=data)
+    apart = {name: changes.pop(name, None) for name in ("data", "environment")}
+    env_id, deployed = deployment(policy, changes, **apart)
     return env_id, {**deployed, "split": "meta_train"}
 
 
@@ -39,10 +45,10 @@ def play_kinds(config: SweepConfig, policy: Policy) -> Results:
     """The same on every kind of run that a policy learned on, in equal shares: a policy chosen on
     one kind may be poor on another.
     """
-    kinds = kinds_of_runs(policy)
+    kinds, own = kinds_of_runs(policy), policy.card.training["config"]["environment"]["id"]
     share = replace(config, n_tasks=math.ceil(config.n_tasks / len(kinds)))
     played = [
-        play_pair(replace(share, seed=config.seed + i), policy, kind)
+        play_pair(replace(share, seed=config.seed + i), policy, {**kind, "environment": own})
         for i, kind in enumerate(kinds)
     ]
     return {arm: [run for pair in played for run in pair[arm]] for arm in played[0]}

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -213,3 +214,18 @@ def test_what_was_an_array_is_one_again_and_a_tensor_a_tensor():
         name: type(value) for name, value in state.items()
     }
     assert back["run/flags"].dtype == bool
+
+
+def test_what_is_no_checkpoint_folder_is_passed_over_and_replaced(tmp_path):
+    save(tmp_path, 1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / f"step-{7:012d}").symlink_to(elsewhere)
+    (tmp_path / f"step-{8:012d}").write_text("a file")
+    (tmp_path / f"step-{9:012d}").mkdir()
+    (tmp_path / f"step-{9:012d}" / "state.json").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / f"step-{9:012d}" / "state.safetensors")
+    assert load_newest_checkpoint(tmp_path)[1] == {"step": 1}
+    save(tmp_path, 7, 8, 9)
+    assert load_newest_checkpoint(tmp_path)[1] == {"step": 9}
+    assert elsewhere.is_dir()

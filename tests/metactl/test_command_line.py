@@ -428,6 +428,11 @@ def test_train_finds_a_module_where_the_user_stands(
     short += ("--set", "set_point_runs=0")
     assert metactl("train", "--run-dir", "run", *place, *short) == 0
     assert Policy.load(tmp_path / "run" / "policy").card.knobs
+    where = ("--policy", "run/policy", "--run-dir", "applied")
+    said = refused(capsys, "apply", *where)
+    assert "may not choose which code runs here" in said and "--environment plant_of_mine:" in said
+    named = ("--environment", "plant_of_mine:MyTracking-v0")
+    assert metactl("apply", *where, *named) == 0
     no_single_run = refused(capsys, "check", "plant_of_mine:MyTracking-v0")
     assert "vector_entry_point alone" in no_single_run and "MODULE:CLASS" in no_single_run
 

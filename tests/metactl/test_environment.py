@@ -229,6 +229,18 @@ def test_actions_that_are_no_numbers_or_out_of_range_leave_an_episode_sound():
     assert np.isfinite(reward).all()
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1), (1, 2), (3, 2), (2, 2, 1)])
+def test_actions_of_another_shape_are_refused_and_change_nothing(shape):
+    env = toys(2)
+    env.reset(seed=0)
+    before = env.loop.positions.copy()
+    with pytest.raises(ValueError, match=r"actions must be of shape \(2, 2\) \(runs, knobs\), got"):
+        env.step(np.zeros(shape))
+    np.testing.assert_array_equal(env.loop.positions, before)
+    env.step(np.zeros((2, 2)))
+    env.reset()
+
+
 def test_frozen_knobs_do_not_move_and_are_observed_as_unavailable():
     env = toys(16, freeze=0.5)
     seen = env.reset(seed=0)[0]

@@ -1,10 +1,12 @@
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from metactl.config import ConfigError
-from metactl.files import write_atomically
-from metactl.rundir import require_writable
+from metactl.files import read_bytes, write_atomically
+from metactl.rundir import writable
 
 
 def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
@@ -23,10 +25,43 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
-    require_writable(None, tmp_path / "new" / "report.json")
-    assert (tmp_path / "new").is_dir()
-    with pytest.raises(ConfigError, match="cannot be written: it is a directory"):
-        require_writable(tmp_path / "new")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(ConfigError, match="no permission in its folder"):
-        require_writable(tmp_path / "report.json")
+    assert writable(None) is None
+    new = tmp_path / "new"
+    assert writable(tmp_path / "absent" / ".." / "new" / "report.json") == new / "report.json"
+    assert list(tmp_path.iterdir()) == [new] and not list(new.iterdir())
+    (tmp_path / "taken").write_text("")
+    for path, why in (
+        (new, "it is a directory"),
+        (tmp_path / "taken" / "report.json", "taken' is no folder"),
+        (tmp_path / ("n" * 250 + ".json"), "File name too long"),
+        (tmp_path / "a\0b", "is no path"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            writable(path)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)  # root may write everywhere
+    with pytest.raises(ConfigError, match=r"report.json' cannot be written: No space left"):
+        writable(tmp_path / "report.json")
+
+
+def test_a_report_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert writable(Path("~/report.json")) == tmp_path / "report.json"
+
+
+def test_only_plain_files_of_bounded_size_are_read(tmp_path):
+    (tmp_path / "plain").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_bytes(tmp_path / "plain", 5) == b"12345"
+    for path, limit, why in (
+        (tmp_path / "plain", 4, "larger than 0 MiB"),
+        (tmp_path / "pipe", 4, "it is no plain file"),  # nobody is waited for
+        (Path("/dev/zero"), 4, "it is no plain file"),
+        (tmp_path, 4, "directory"),
+        (tmp_path / "absent", 4, "No such file"),
+    ):
+        with pytest.raises(OSError, match=why):
+            read_bytes(path, limit)

@@ -284,3 +284,24 @@ def test_a_trainer_that_starts_again_begins_anew_and_one_step_is_no_run(caplog):
     assert run.model.drop.p == 0.1 and controller.mode == "act"
     assert not take_charge(controller, run.model, run.optimizer, 1, {})
     assert controller.mode == "off" and "leaves nothing to decide" in caplog.text
+
+
+class Blinding(Static):
+    def act(self, observation):
+        observation[:] = 0
+        return np.ones((self.n_runs, len(self.codec.knobs)))
+
+
+class Leaving(Static):
+    def act(self, observation):
+        raise SystemExit(3)
+
+
+def test_a_controller_neither_blinds_its_guard_nor_ends_the_training(caplog):
+    seen = []
+    for controller in (Blinding(), Leaving()):
+        run = Loop(Controller(controller, n_control_steps=6)).train(STEPS)
+        assert len(run.losses) == STEPS
+        seen.append(run.controller._run._guard)
+    assert np.isfinite(seen[0]._best).all() and (seen[0]._best != 0).all()
+    assert seen[1].failed and "The controller failed and is off" in caplog.text

@@ -1,9 +1,11 @@
 """An evaluation that was stopped goes on where it was."""
 
+import io
 import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from toy_plant import TOY
 from metactl.config import ConfigError
 from metactl.controllers import Replay
 from metactl.evaluation.arms import Arm, paired_episodes, play_arms, static_arm
-from metactl.evaluation.kept import KeepingRow
+from metactl.evaluation.kept import KeepingRow, _keep, _packed, _read
 from metactl.rollout import Trial
 
 N = 8
@@ -98,12 +100,18 @@ def test_runs_of_other_options_are_others(tmp_path):
 def test_damaged_files_are_played_again(tmp_path):
     with Counting(tmp_path) as row:
         results = row.play(trials())
-    halved, emptied = sorted(tmp_path.glob("*.npz"))
-    halved.write_bytes(halved.read_bytes()[: halved.stat().st_size // 2])
+    halved, emptied = sorted(tmp_path.glob("*.played"))
+    whole = halved.read_bytes()
+    halved.write_bytes(whole[: len(whole) // 2])
     emptied.write_bytes(b"")
     with Counting(tmp_path) as row:
         same(results, row.play(trials()))
         assert row.played == 2
+    for place in range(0, len(whole), len(whole) // 64):  # a flipped bit, wherever it is
+        halved.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        assert _read(halved) is None
+    halved.write_bytes(whole)
+    assert _read(halved) is not None
 
 
 class Hostile:
@@ -119,27 +127,26 @@ class Hostile:
 def test_a_file_with_code_in_it_is_played_again_and_its_code_is_not_run(tmp_path):
     with Counting(tmp_path) as row:
         results = row.play(trials(4))
-    (path,) = tmp_path.glob("*.npz")
+    (path,) = tmp_path.glob("*.played")
     mark = tmp_path / "it ran"
     hostile = np.empty(4, dtype=object)
     hostile[:] = [Hostile(mark)] * 4
-    np.savez(path, arm=hostile)
+    np.savez(packed := io.BytesIO(), arm=hostile)
+    _keep(path, packed.getvalue())
     with Counting(tmp_path) as row:
         same(results, row.play(trials(4)))
         assert row.played == 1
     assert not mark.exists()
-    np.savez(path, arm=hostile)
-    np.load(path, allow_pickle=True)["arm"]
+    np.load(io.BytesIO(packed.getvalue()), allow_pickle=True)["arm"]
     assert mark.exists()  # so it would have run
 
 
 def test_runs_of_other_code_are_refused(tmp_path):
     with Counting(tmp_path) as row:
         row.play(trials(4))
-    (path,) = tmp_path.glob("*.npz")
-    with np.load(path) as file:
-        columns = {name: file[name] for name in file.files}
-    np.savez(path, **{**columns, "final_test": columns["final_test"] + 1e-9})
+    (path,) = tmp_path.glob("*.played")
+    changed = [replace(run, final_test=run.final_test + 1e-9) for run in _read(path)]
+    _keep(path, _packed(changed))
     with Counting(tmp_path) as row, pytest.raises(ConfigError, match="come out otherwise now"):
         row.play(trials(4))
 
@@ -156,4 +163,4 @@ def test_names_are_the_same_in_every_process(tmp_path):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}
         command = [sys.executable, "-c", program, str(tmp_path)]
         subprocess.run(command, env=environment, check=True, timeout=120)
-    assert len(list(tmp_path.glob("*.npz"))) == 1
+    assert len(list(tmp_path.glob("*.played"))) == 1

@@ -11,9 +11,13 @@ from safetensors.numpy import save as save_tensors
 from safetensors.torch import save as save_torch_tensors
 
 from metactl import Knob, Policy, PolicyError
+from metactl.cli import main
 from metactl.config import TrainConfig, find_config, parse, read_config
+from metactl.deployment import deployment
+from metactl.errors import harmless
 from metactl.policy import PolicyCard, find_policy
 from metactl.sweep.config import SweepConfig
+from metactl.sweep.score import runs_of
 
 N_SEEN = 5
 
@@ -381,3 +385,27 @@ def test_the_shipped_policy_came_from_the_packaged_recipe():
 def test_the_shipped_policy_is_small():
     folder = find_policy("default")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
+
+
+def test_a_card_does_not_choose_which_module_is_imported(tmp_path, monkeypatch):
+    shipped = Policy.load("default")
+    (tmp_path / "bob.py").write_text("from pathlib import Path; Path('it ran').touch()")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    training = json.loads(json.dumps(shipped.card.training))
+    training["config"]["environment"] = {"id": "bob:A-v0"}
+    hostile = Policy(replace(shipped.card, training=training), shipped.weights)
+    hostile.save(tmp_path / "policy")
+    for command in ("apply", "evaluate"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--policy", "policy", "--run-dir", "run"])
+        assert stopped.value.code == 2
+    with pytest.raises(PolicyError, match=r"bob:A-v0.*may not choose which code runs"):
+        runs_of(hostile, {})
+    assert not (tmp_path / "it ran").exists()
+    assert deployment(hostile, environment="bob:A-v0")[0] == "bob:A-v0"
+
+
+def test_what_a_card_says_cannot_write_to_a_terminal():
+    said = harmless("knob \x1b[31mred\x1b]0;title\x07\n" + "x" * 9000)
+    assert "\x1b" not in said and "\x07" not in said and len(said) < 2100

@@ -13,8 +13,8 @@ from metactl.rundir import (
     differences,
     discard_if_refused,
     open_run_directory,
-    require_writable,
     resolve_data,
+    writable,
 )
 
 CONFIG = {"seed": 1, "ppo": {"gamma": 1.0, "hidden": [64, 64]}}
@@ -183,6 +183,6 @@ def test_what_is_resumed_is_never_taken_back(tmp_path):
 
 
 def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path):
-    require_writable(tmp_path / "a.json", picture=tmp_path / "a.PDF")
+    assert writable(tmp_path / "a.PDF", picture=True) == tmp_path / "a.PDF"
     with pytest.raises(ConfigError, match=r"must end in .png, .pdf, .svg, got 'a.bmp'"):
-        require_writable(picture=tmp_path / "a.bmp")
+        writable(tmp_path / "a.bmp", picture=True)

@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,3 +289,32 @@ def test_paired_runs_must_divide_a_shard():
         pytest.raises(ValueError, match="must divide the 4 runs of a shard, got 3"),
     ):
         ShardVecEnv(row, 3)
+
+
+OWNER = """
+import queue, time
+from metactl.worker import ProcessWorker
+
+if __name__ == "__main__":
+    worker = ProcessWorker(queue.Queue, ())
+    worker.require_ready()
+    worker._send("get")  # which never returns
+    print(worker.process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_worker_in_the_middle_of_a_call_does_not_outlive_its_killed_owner(tmp_path):
+    (tmp_path / "owner.py").write_text(OWNER)
+    command = [sys.executable, str(tmp_path / "owner.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        worker = int(owner.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        owner.kill()
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}/fd").exists() and time.monotonic() < end:
+        if "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.2)
+    else:
+        assert not Path(f"/proc/{worker}").exists()

@@ -11,8 +11,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_plant import TOY
 
+import metactl.train
 from metactl import Policy
 from metactl.board import Board
+from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import ConfigError, parse
 from metactl.controllers import Learned, Static
 from metactl.rollout import Trial
@@ -296,6 +298,32 @@ def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
     refusal = r"has 1 shards, this training 2; .*number of workers"
     with pytest.raises(RunDirectoryError, match=refusal):
         train(parse(TrainConfig, values, "test"), tmp_path, resume=True)
+
+
+def test_a_training_of_as_many_workers_as_cores_goes_on_where_there_are_fewer(
+    tmp_path, monkeypatch
+):
+    values = {**TOYS, "environment": {**TOYS["environment"], "n_workers": -1}}
+    settings = parse(TrainConfig, values, "test")
+    monkeypatch.setattr(metactl.train, "default_workers", lambda: 2)
+    train(settings, tmp_path / "whole")
+    interrupted(settings, tmp_path / "part", after=28)
+    monkeypatch.setattr(metactl.train, "default_workers", lambda: 1)
+    train(settings, tmp_path / "part", resume=True)
+    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"numpy": [10**9, 0, 0.0]}, {"python": 3}, {"reward_scales": None}, {"num_timesteps": None}],
+)
+def test_a_checkpoint_of_the_right_checksum_and_wrong_content_is_refused(damage, tmp_path):
+    interrupted(config(TOYS), tmp_path, after=28)
+    tensors, held = load_newest_checkpoint(tmp_path / "checkpoints")
+    held = {name: value for name, value in {**held, **damage}.items() if value is not None}
+    save_checkpoint(tmp_path / "checkpoints", 10**6, tensors, held)
+    with pytest.raises(RunDirectoryError, match="The checkpoint does not fit this training"):
+        train(config(TOYS), tmp_path, resume=True)
 
 
 def test_resuming_with_other_networks_is_refused_in_words(tmp_path):
