@@ -14,7 +14,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from metactl.errors import WorkerDied
+from metactl.errors import WorkerDied, is_of_size
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,11 @@ def _answer_calls(parent: Connection, build: Build, arguments: tuple[Any, ...]) 
         parent.send(("not found", str(error)))
     except ValueError as error:
         parent.send(("refused", str(error)))
-    except Exception:
-        parent.send(("failed", traceback.format_exc()))
+    except Exception as error:
+        if is_of_size(error):
+            parent.send(("refused", f"too large for this machine: {error}"))
+        else:
+            parent.send(("failed", traceback.format_exc()))
 
 
 class Worker(abc.ABC):

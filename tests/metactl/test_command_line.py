@@ -223,7 +223,7 @@ def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
     arms = json.loads(report.read_text())["arms"]
     assert arms[f"rival {linear}"]["final_test"] == arms["linear policy"]["final_test"]
     foreign = ("evaluate", "--run-dir", trained, *small)
-    assert "holds a train run, not evaluate" in refused(capsys, *foreign)
+    assert "holds a run of 'train', not of 'evaluate'" in refused(capsys, *foreign)
 
 
 def test_evaluate_says_what_room_there_is_in_each_family(

@@ -36,7 +36,7 @@ state = {"value": 0.5, "writes": 0}
 
 def write(value):
     state["writes"] += 1
-    if broken and rank == 1 and state["writes"] > 3:
+    if broken and rank == 1 and state["writes"] > 5:
         raise OSError("boom")
     state["value"] = value
 
