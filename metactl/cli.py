@@ -84,7 +84,7 @@ def _train(command: Train) -> int:
     flags = {
         "ppo.total_timesteps": command.total_timesteps,
         "environment.n_envs": command.n_envs,
-        "environment.n_workers": command.n_workers,
+        "environment.n_workers": command.workers,
         "environment.shards": command.shards,
         "environment.gpus_per_shard": command.gpus_per_shard,
         "environment.options.data": None if command.data is None else str(command.data),

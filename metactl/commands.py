@@ -28,10 +28,12 @@ class Train:
     """Control steps to learn from, over all runs."""
     n_envs: int | None = None
     """Training runs per worker process."""
-    n_workers: Annotated[int | None, tyro.conf.arg(aliases=["--num-shards"])] = None
+    n_workers: int | None = None
     """Worker processes (-1: one per core, 0: none)."""
     shards: Literal["processes", "ray"] | None = None
     """Where workers live: processes of this machine, or actors of a Ray cluster."""
+    num_shards: int | None = None
+    """The same as --n-workers."""
     gpus_per_shard: float | None = None
     """GPUs, or a share of one, of each Ray actor."""
     address: Annotated[str | None, _by_default("RAY_ADDRESS, else one on this machine")] = None
@@ -42,6 +44,13 @@ class Train:
     """Go on from the newest checkpoint in RUN_DIR."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Any config key, e.g. --set ppo.learning_rate=3e-4 --set environment.options.context=64."""
+
+    @property
+    def workers(self) -> int | None:
+        """By either name."""
+        if self.num_shards is None or self.n_workers is None:
+            return self.n_workers if self.num_shards is None else self.num_shards
+        raise ValueError("--num-shards and --n-workers are the same: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ def clear_demo(run_dir: Path) -> None:
             f"Run directory {str(run_dir)!r} exists and holds no demo; choose another"
         )
     lock(run_dir)
-    for path in run_dir.iterdir():
+    for path in sorted(run_dir.iterdir(), key=lambda path: path == record):  # killed, go on
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:

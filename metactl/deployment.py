@@ -45,7 +45,8 @@ def deployment(
     if trained.id.partition(":")[0] != _OURS and trained.id != environment:
         raise PolicyError(
             f"The policy was trained in {trained.id!r}, and a card may not choose which code runs "
-            f"here; if you trust that module, name it: --environment {trained.id}"
+            f"here; if you trust that module, name it: --environment {trained.id} (of a sweep, "
+            f"among its options)"
         )
     options = {k: v for k, v in trained.options.items() if k not in _TRAINING_ONLY}
     options |= {"split": "meta_test", "n_control_steps": policy.card.n_control_steps}

@@ -13,6 +13,7 @@ from stable_baselines3 import PPO
 from torch import Tensor
 
 from metactl.checkpoint import from_tensors, to_tensors
+from metactl.errors import WorkerDied, is_of_size
 from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow
 from metactl.vec_env import ShardVecEnv
@@ -77,7 +78,7 @@ def restore(
     try:
         _restore(model, shards, tensors, scalars)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, RunDirectoryError):
+        if isinstance(error, RunDirectoryError | WorkerDied) or is_of_size(error):
             raise
         reason = f"{type(error).__name__}: {error}"
         raise RunDirectoryError(f"The checkpoint does not fit this training: {reason}") from error

@@ -74,8 +74,9 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         saved = self._saved_in(state)
         # A run that was begun without the callback: what is left of it is the whole.
         total = state.max_steps if saved else state.max_steps - state.global_step
+        again = self._hook is not None
         self._release()
-        if not take_charge(self.controller, model, optimizer, total, self.options):
+        if not take_charge(self.controller, model, optimizer, total, self.options, again=again):
             return
         if saved:
             self.controller.load_state_dict(saved)

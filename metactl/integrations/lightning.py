@@ -70,7 +70,9 @@ class MetaControlCallback(lightning.Callback):
         begun = 0 if pending else trainer.global_step
         total = int(steps) - begun if math.isfinite(steps) and steps > 0 else None
         optimizer = trainer.optimizers[0]
-        self._active = take_charge(self.controller, pl_module, optimizer, total, self.options)
+        self._active = take_charge(
+            self.controller, pl_module, optimizer, total, self.options, again=self._active
+        )
         if self._active and pending is not None:
             self.controller.load_state_dict(pending)
 

@@ -18,10 +18,18 @@ def take_charge(
     optimizer: torch.optim.Optimizer,
     total_steps: int | None,
     options: Mapping[str, Any],
+    *,
+    again: bool,
 ) -> bool:
     """Attaches a controller at the beginning of a trainer's run.
 
-    A trainer that was interrupted and starts again still has its controller; it begins anew.
+    Args:
+        controller: Who is to decide.
+        model: The trainer's.
+        optimizer: The trainer's.
+        total_steps: Optimizer steps of the run, where they are known.
+        options: Of `Controller.attach`.
+        again: The callback attached it before, and the trainer was interrupted: it begins anew.
 
     Returns:
         Whether it is at work: not in mode `"off"`, nor in a run that leaves nothing to decide.
@@ -29,7 +37,8 @@ def take_charge(
     Raises:
         AttachError: If the run cannot be controlled.
     """
-    controller.detach()
+    if again:
+        controller.detach()
     if total_steps is not None and total_steps < 2:
         logger.warning(
             "metactl: a run of %d optimizer steps leaves nothing to decide; the controller is off",

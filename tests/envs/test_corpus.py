@@ -145,3 +145,12 @@ def test_a_file_name_may_be_any_bytes_and_what_is_too_long_is_said(tmp_path, mon
     monkeypatch.setattr(corpus_module, "_MAX_BYTES", 300)
     assert len(load_corpus(tmp_path / "plain.txt").data) == 300
     assert "plain.txt' the first" in caplog.text
+
+
+def test_of_a_large_folder_a_part_is_used_and_said(tmp_path, monkeypatch, caplog):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text("x" * 1000)
+    monkeypatch.setattr(corpus_module, "_MAX_BYTES", 10_000)
+    corpus = load_corpus(tmp_path)
+    assert 10_000 <= len(corpus.data) <= 11_000
+    assert "are used" in caplog.text

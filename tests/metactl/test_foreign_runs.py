@@ -241,7 +241,8 @@ def test_a_state_that_is_refused_changes_nothing():
 
 def test_numpys_numbers_do_not_get_into_a_state():
     run = Loop(moving(), total_steps=np.int64(STEPS))
-    json.dumps(run.train(STEPS // 2).controller.state_dict())
+    state = run.train(STEPS // 2).controller.state_dict()
+    assert json.loads(json.dumps(state))["total"] == STEPS  # numpy's would be refused
 
 
 def test_a_wrapped_optimizer_without_hooks_is_refused_in_words():
@@ -277,12 +278,15 @@ def test_a_trainer_that_starts_again_begins_anew_and_one_step_is_no_run(caplog):
     controller = Controller(RandomMoves(3), n_control_steps=6)
     run = Loop()
     run.controller = controller
-    assert take_charge(controller, run.model, run.optimizer, STEPS, {})
+    place = (controller, run.model, run.optimizer)
+    assert take_charge(*place, STEPS, {}, again=False)
     run.train(STEPS // 2)  # and is interrupted
     assert run.model.drop.p != 0.1
-    assert take_charge(controller, run.model, run.optimizer, STEPS, {})
+    with pytest.raises(AttachError, match="this controller is attached already"):
+        take_charge(*place, STEPS, {}, again=False)  # by somebody else
+    assert take_charge(*place, STEPS, {}, again=True)
     assert run.model.drop.p == 0.1 and controller.mode == "act"
-    assert not take_charge(controller, run.model, run.optimizer, 1, {})
+    assert not take_charge(*place, 1, {}, again=True)
     assert controller.mode == "off" and "leaves nothing to decide" in caplog.text
 
 

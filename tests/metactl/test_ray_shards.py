@@ -125,6 +125,7 @@ def test_without_a_cluster_shards_on_ray_say_what_to_do(monkeypatch):
     [
         (["--address", "auto"], "--address is of a Ray cluster: it needs --shards ray"),
         (["--shards", "ray", "--n-workers", "0"], "n_workers of at least 1"),
+        (["--num-shards", "2", "--n-workers", "2"], "give one of them"),
         (["--gpus-per-shard", "-1"], "gpus_per_shard must be at least 0, got -1"),
     ],
 )
