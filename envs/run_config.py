@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -199,3 +200,9 @@ def _require_device(name: str) -> None:
 def as_range(value: float | tuple[float, float]) -> tuple[float, float]:
     """A range as it is, and a number as the range that holds it alone."""
     return value if isinstance(value, tuple) else (value, value)
+
+
+def drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
+    """A run's own number of a range, log-uniform by its seed."""
+    low, high = as_range(value)
+    return float(low * (high / low) ** np.random.default_rng([seed, stream]).uniform())

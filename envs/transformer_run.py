@@ -13,8 +13,9 @@ from envs.budget import Budget
 from envs.disturbances import Disturbances
 from envs.graph import Graph, fused, matmul_precision
 from envs.knobs import OPTIMIZER_KNOBS
+from envs.memory import require_memory
 from envs.reader import Reader
-from envs.run_config import RunConfig, as_range
+from envs.run_config import RunConfig, drawn
 from envs.tasks import Task, build_family
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
@@ -41,6 +42,7 @@ _LATER = "later_"  # the task that a run switches to
 def build_run(n_runs: int, options: Mapping[str, Any]) -> "AdaptiveTransformerRun":
     """A run from options as YAML or keyword arguments give them."""
     config = parse(RunConfig, options, "AdaptiveTransformer-v0")
+    require_memory(config, n_runs)
     return AdaptiveTransformerRun(config, n_runs)
 
 
@@ -145,7 +147,7 @@ class AdaptiveTransformerRun(TrainingRun):
         if not rows:
             return
         self._write(rows, "seed", seeds)
-        peaks = [_drawn(self.config.learning_rate, seed, _RATE_STREAM) for seed in seeds]
+        peaks = [drawn(self.config.learning_rate, seed, _RATE_STREAM) for seed in seeds]
         self._write(rows, "peak", peaks)
         self._assign(rows, tasks)
         switching = self.disturbances.draw(rows, seeds, self.horizon)
@@ -157,7 +159,7 @@ class AdaptiveTransformerRun(TrainingRun):
             self._rows[name][rows] = 0
         weight_seeds = hashed_integers(1 << 62, torch.tensor(seeds), torch.tensor(_WEIGHT_STREAM))
         self.model.initialise(rows, weight_seeds.tolist())
-        scales = [_drawn(self.config.initial_scale, seed, _SCALE_STREAM) for seed in seeds]
+        scales = [drawn(self.config.initial_scale, seed, _SCALE_STREAM) for seed in seeds]
         self.model.scale_weights_(rows, scales)
         self.optimizer.reset_rows(rows)
         self._set_knobs(
@@ -389,12 +391,6 @@ class AdaptiveTransformerRun(TrainingRun):
             prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
         )
         return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")
-
-
-def _drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
-    """A run's own number of a range, log-uniform by its seed."""
-    low, high = as_range(value)
-    return float(low * (high / low) ** np.random.default_rng([seed, stream]).uniform())
 
 
 def _as_it_is(compute: Callable[..., Any]) -> Callable[..., Any]:

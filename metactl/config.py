@@ -5,6 +5,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -12,7 +13,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from metactl.files import read_bytes
+
 _STRICT = ConfigDict(extra="forbid")
+_MAX_BYTES, _MAX_NODES = 1 << 20, 100_000  # of a configuration
 T = TypeVar("T")
 # What PyYAML raises: also for nesting too deep, a day that does not exist, a tag it half knows.
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError)
@@ -211,9 +215,10 @@ def dump(config: Any) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(read_bytes(path, _MAX_BYTES).decode())
     except OSError as error:
-        raise ConfigError(f"Config {str(path)!r} cannot be read: {error.strerror}") from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"Config {str(path)!r} cannot be read: {reason}") from error
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"Config {str(path)!r} is not YAML: {reason}") from error
@@ -222,6 +227,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"Config {str(path)!r} must hold keys and values, got {values!r}")
     return values
+
+
+def _load_yaml(text: str) -> Any:
+    """Plain values; refuses what aliases would blow up to more than a configuration can be."""
+    root = yaml.compose(text, yaml.SafeLoader)
+    if root is not None and _n_nodes(root, {}) > _MAX_NODES:
+        raise ValueError(f"with its aliases it holds more than {_MAX_NODES} values")
+    return yaml.safe_load(text)
+
+
+def _n_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes below and with this one, those behind aliases once for every alias."""
+    if id(node) not in known:
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        children = chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in below)
+        known[id(node)] = 1 + sum(_n_nodes(child, known) for child in children)
+    return known[id(node)]
 
 
 def _first_error(kind: type, error: ValidationError) -> str:
@@ -285,7 +307,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _load_yaml(value)
     except _UNREADABLE as error:
         shown = value if len(value) < 80 else f"{value[:80]}..."
         raise ConfigError(f"--set {key}: {shown!r} is not a YAML value") from error

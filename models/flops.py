@@ -32,8 +32,13 @@ def training_flops(
         Float64, shaped like what was given.
     """
     width, span = (torch.as_tensor(x, dtype=torch.float64) for x in (width, span))
+    reach = attended_pairs(seq, span + config.ramp)
+    attention = config.n_layers * 2 * config.d_model * width * reach
+    return 3 * 2 * batch * (seq * matrix_weights(config, width) + attention)
+
+
+def matrix_weights(config: TransformerConfig, width: Tensor | float = 1.0) -> Tensor | float:
+    """Weights of the matrices that every token passes, at a width; rotations are left out."""
     d, hidden = config.d_model * width, config.hidden_units * width
     n_inputs = 2 if config.feed_forward == "swiglu" else 1
-    weights = config.n_layers * (4 * d * d + (n_inputs + 1) * d * hidden) + d * config.vocab_size
-    attention = config.n_layers * 2 * d * attended_pairs(seq, span + config.ramp)
-    return 3 * 2 * batch * (seq * weights + attention)
+    return config.n_layers * (4 * d * d + (n_inputs + 1) * d * hidden) + d * config.vocab_size

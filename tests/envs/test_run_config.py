@@ -3,6 +3,8 @@
 import pytest
 
 from envs.transformer_run import RunConfig, build_run
+from models import AdaptiveTransformer
+from models.flops import matrix_weights
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():
@@ -54,3 +56,24 @@ def test_a_base_of_one_pair_alone_is_no_knob():
 
     assert "rope_base" in names(d_model=16) and "rope_base" not in names(d_model=8)
     assert "rope_base" in names(d_model=8, rotation="polar")  # a frequency for each channel
+
+
+@pytest.mark.parametrize(
+    ("n_runs", "options"),
+    [
+        (10**8, {}),
+        (1, {"n_layers": 10**9}),
+        (1, {"d_model": 10**9}),
+        (1, {"batch_size": 10**9}),
+        (1, {"context": 10**9, "rotation": "nope", "knobs": ("dropout",)}),
+    ],
+)
+def test_runs_that_cannot_fit_are_refused_before_anything_is_allocated(n_runs, options):
+    with pytest.raises(MemoryError, match=r"GB or more, and 'cpu' has [\d.]+ GB"):
+        build_run(n_runs, options)
+
+
+def test_what_is_counted_is_less_than_what_is_needed():
+    config = RunConfig(n_layers=3, d_model=64, feed_forward="swiglu")
+    model = AdaptiveTransformer(config.transformer())
+    assert 0.9 < matrix_weights(config.transformer()) / model.count_parameters() < 1

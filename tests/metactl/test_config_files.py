@@ -1,3 +1,4 @@
+import os
 import re
 import shlex
 from pathlib import Path
@@ -276,3 +277,28 @@ def flat(values, prefix=""):
 def test_a_configuration_that_holds_no_keys_is_refused():
     with pytest.raises(ConfigError, match=r"the card: a configuration must hold keys.*got 3"):
         parse(TrainConfig, 3, "the card")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: *a}"])
+def test_aliases_that_stand_for_too_much_are_refused_at_once(write, text):
+    assert "is not YAML" in refusal(write(text))
+
+
+def test_an_alias_is_what_it_stands_for(write):
+    text = "environment: {variants: [&small {d_model: 16}, {d_model: 64}, *small], n_workers: 3}"
+    variants = train_config(write(text)).environment.variants
+    assert variants == ({"d_model": 16}, {"d_model": 64}, {"d_model": 16})
+
+
+def test_a_config_that_is_no_plain_file_of_bounded_size_is_refused(tmp_path):
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    large.write_text("# " + "x" * (1 << 20))
+    assert "it is no plain file" in refusal(pipe)
+    assert "it is larger than 1 MiB" in refusal(large)
