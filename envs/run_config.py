@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from envs.budget import BUDGETS
@@ -13,6 +12,7 @@ from envs.disturbances import KINDS
 from envs.graph import has_compiler
 from envs.knobs import USUAL_KNOBS, knobs_of
 from envs.tasks import FAMILIES
+from metactl.config import STRICT
 from metactl.errors import unknown_name
 from metactl.knobs import Knob
 from models import TransformerConfig
@@ -20,7 +20,7 @@ from models import TransformerConfig
 PRECISIONS = ("highest", "high", "medium")
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """One recipe for training adaptive transformers.
 

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from metactl.files import read_bytes
 
-_STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid")  # an unknown key is refused
 _MAX_BYTES, _MAX_NODES = 1 << 20, 100_000  # of a configuration
 T = TypeVar("T")
 # What PyYAML raises: also for nesting too deep, a day that does not exist, a tag it half knows.
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the value."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EnvironmentConfig:
     """Which environment, how many runs, and where they live.
 
@@ -67,7 +67,7 @@ class EnvironmentConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PPOConfig:
     """Proximal policy optimisation (arXiv 1707.06347), Stable-Baselines3's names.
 
@@ -131,7 +131,7 @@ class PPOConfig:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """Training a meta-controller.
 

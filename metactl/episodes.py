@@ -5,14 +5,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 
-from metactl.config import parse
+from metactl.config import STRICT, parse
 from metactl.knobs import FloatArray, KnobSet
 
 
-@validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@validated(frozen=True, kw_only=True, config=STRICT)
 class ControlConfig:
     """How an environment is controlled and how its episodes begin.
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from metactl.config import STRICT
 from metactl.knobs import FloatArray
 from metactl.signals import INTERNAL, UNIVERSAL
 
@@ -34,7 +34,7 @@ _WIDTHS = {"attention_entropy": 0.1, "dormant_fraction": 1.0}  # logits: a unit 
 _GROUPS = {signal.name: signal.group for signal in (*UNIVERSAL, *INTERNAL)}
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SetPoints:
     """Where the vitals of healthy runs are, over a run.
 

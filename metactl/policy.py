@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from metactl.config import ConfigError, dump, parse
+from metactl.config import STRICT, ConfigError, dump, parse
 from metactl.errors import unknown_name
 from metactl.files import read_bytes, write_atomically
 from metactl.homeostasis import SetPoints
@@ -31,7 +30,6 @@ from metactl.knobs import FloatArray, Knob
 FORMAT_VERSION = 1
 _SMALL = 1e-3  # of a tanh unit that is to be linear
 CLIP = 4.0  # of new policies: no observation lies far outside of what training saw
-_STRICT = ConfigDict(extra="forbid")
 _MAX_BYTES = 64 << 20
 _CARD = "policy.json"
 _SHIPPED = Path(__file__).parent / "policies"
@@ -41,7 +39,7 @@ class PolicyError(ValueError):
     """A policy file that cannot be used; the message says which and why."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PolicyCard:
     """Everything about a policy but its weights.
 

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from metactl.config import ConfigError, TrainConfig, find_config, read_config
+from metactl.config import STRICT, ConfigError, TrainConfig, find_config, read_config
 from metactl.rundir import resolve_data
 
-_STRICT = ConfigDict(extra="forbid")
 _LEAST_MEMBERS = 4
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Range:
     """Where the values of one key come from; exactly one of these.
 
@@ -62,7 +60,7 @@ class Range:
 _KINDS = ("grid", "choice", "uniform", "loguniform")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Resources:
     """What one trial takes of the cluster.
 
@@ -79,7 +77,7 @@ class Resources:
             raise ValueError(f"a trial needs cpu > 0 and gpu >= 0, got {self.cpu}, {self.gpu}")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Stop:
     """When to end early.
 
@@ -101,7 +99,7 @@ class Stop:
                 raise ValueError(f"{name} must be above 0, got {value}")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepConfig:
     """A sweep.
 
