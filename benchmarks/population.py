@@ -19,6 +19,7 @@ process and replayed CUDA graphs, and the processes of the others share the GPU.
 
 import gc
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -110,16 +111,18 @@ def _steps_per_second(step: Callable[[], None], n_runs: int, seconds: float) -> 
     return n_runs * n_steps * PER_CONTROL_STEP / (time.perf_counter() - start)
 
 
-def _workers(device: str) -> int:
-    return 1 if device == "cuda" else default_workers()
+def _workers(device: str, n_runs: int) -> int:
+    """Processes that share the runs evenly: one per core where that comes out."""
+    cores = 1 if device == "cuda" else default_workers()
+    return max(n for n in range(1, min(cores, n_runs) + 1) if n_runs % n == 0)
 
 
 def population(
     side: str, shape: dict[str, int], n_runs: int, seconds: float, device: str
 ) -> Figures:
     """Our populations under random actions."""
-    workers = _workers(device)
-    each = max(1, n_runs // workers)
+    workers = _workers(device, n_runs)
+    each = n_runs // workers
     if device == "cuda":  # what the sides before it left
         gc.collect()
         torch.cuda.empty_cache()
@@ -173,9 +176,9 @@ class _Single:
 
 
 def ppo(shape: dict[str, int], n_runs: int, device: str) -> Figures:
-    """Our populations under PPO, from the first control step to the last of the third update."""
-    workers, n_steps = _workers(device), 20
-    each = max(1, n_runs // workers)
+    """Our populations under PPO: two whole rounds of playing and learning, after a first one."""
+    workers, n_steps = _workers(device, n_runs), 20
+    each = n_runs // workers
     config = TrainConfig(
         environment=EnvironmentConfig(
             options=_options("ppo", shape, device),
@@ -183,23 +186,27 @@ def ppo(shape: dict[str, int], n_runs: int, device: str) -> Figures:
             n_workers=0 if device == "cuda" else workers,
         ),
         ppo=PPOConfig(
-            total_timesteps=3 * each * workers * n_steps,
+            total_timesteps=4 * n_runs * n_steps,
             n_steps=n_steps,
-            batch_size=each * workers * n_steps // 4,
+            batch_size=n_runs * n_steps // 4,
             paired_runs=1,
         ),
         set_point_runs=0,
         checkpoint_every=1_000,  # saving is not what is measured
     )
-    times: list[tuple[float, int]] = []
+    at: dict[int, float] = {}  # after how many control steps of all runs
+    peak: list[float | None] = [None]
+
+    def note(done: int, *_: object) -> None:
+        at[done] = time.perf_counter()
+        pids = [os.getpid(), *(process.pid or 0 for process in multiprocessing.active_children())]
+        peak[0] = plain.peak_memory(device) if device == "cuda" else _peak_memory(pids)
+
     with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder), progress=lambda done, *_: times.append((_now(), done)))
-    (start, first), (end, last) = times[0], times[-1]
-    return (last - first) * PER_CONTROL_STEP / (end - start), None
-
-
-def _now() -> float:
-    return time.perf_counter()
+        train(config, Path(folder), progress=note)
+    round_ = n_runs * n_steps
+    elapsed = at[3 * round_ + n_runs] - at[round_ + n_runs]  # from first step to first step
+    return 2 * round_ * PER_CONTROL_STEP / elapsed, peak[0]
 
 
 def measure_alone(side: str, shape: dict[str, int], options: Options) -> Figures:
@@ -217,8 +224,8 @@ def measure_together(side: str, shape: dict[str, int], n_runs: int, options: Opt
         return ppo(shape, n_runs, device)
     if side in POPULATION:
         return population(side, shape, n_runs, seconds, device)
-    workers = _workers(device)
-    each = max(1, n_runs // workers)
+    workers = _workers(device, n_runs)
+    each = n_runs // workers
     return limit.steps_per_second(shape, BATCH_SIZE, each, workers, seconds, device)
 
 
@@ -248,7 +255,13 @@ def _summary(n_runs: int, rounds: list[dict[str, Figures]]) -> dict[str, Any]:
         if side in sides and other != side
     }
     memory = {side: rounds[-1][side][1] for side in sides}
-    return {"n_runs": n_runs, "steps_per_second": rates, "peak_mib": memory, "ratio": ratios}
+    return {
+        "n_runs": n_runs,
+        "steps_per_second": rates,
+        "peak_mib": memory,
+        "ratio": ratios,
+        "rounds": [{side: each[side][0] for side in sides} for each in rounds],
+    }
 
 
 def main() -> None:
@@ -256,6 +269,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
+        "seconds": options.seconds,
         "shapes": {},
     }
     for name in options.shapes:

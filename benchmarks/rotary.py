@@ -14,7 +14,6 @@ Three comparisons, both sides in one run and in turn, medians of the pairs' rati
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.provenance import write
+from benchmarks.timing import Run, in_turn, medians, ratio
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 from models.rotary import LayerTurn, Rotary, RotationConfig, Shape, rotation_names
@@ -55,9 +55,6 @@ class Options:
     """Variants to time in a training step; all by default."""
 
 
-Run = Callable[[], None]
-
-
 def seconds(run: Run, device: str) -> float:
     start = time.perf_counter()
     run()
@@ -66,14 +63,14 @@ def seconds(run: Run, device: str) -> float:
     return time.perf_counter() - start
 
 
-def ratio(side: Run, other: Run, pairs: int, device: str) -> dict[str, float]:
+def compared(side: Run, other: Run, pairs: int, device: str) -> dict[str, float]:
     """How many times longer `side` takes than `other`, and how long it takes."""
-    seconds(side, device), seconds(other, device)
-    times = [(seconds(side, device), seconds(other, device)) for _ in range(pairs)]
+    times = in_turn({"side": side, "other": other}, pairs, device=device)
+    each = medians(times)
     return {
-        "milliseconds": 1e3 * statistics.median(a for a, _ in times),
-        "other_milliseconds": 1e3 * statistics.median(b for _, b in times),
-        "ratio": statistics.median(a / b for a, b in times),
+        "milliseconds": 1e3 * each["side"],
+        "other_milliseconds": 1e3 * each["other"],
+        "ratio": ratio(times, "side", "other"),
     }
 
 
@@ -155,7 +152,7 @@ def against_libraries(options: Options) -> dict[str, Any]:
         runs = library_runs(*size, options.device)
         ours = runs.pop("ours")
         rows = {
-            library: ratio(ours, run, options.pairs, options.device)
+            library: compared(ours, run, options.pairs, options.device)
             for library, run in runs.items()
         }
         sides = dict(zip(("batch", "heads", "seq", "head_dim"), size, strict=True))
@@ -194,7 +191,7 @@ def against_plain_rope(options: Options) -> dict[str, Any]:
         repeats = SHORT_STEPS if name == "population" else 1
         for variant in options.variants or rotation_names():
             step = training_step(variant, options.device, **shape)
-            rows[variant] = ratio(step, plain, options.pairs * repeats, options.device)
+            rows[variant] = compared(step, plain, options.pairs * repeats, options.device)
             print(f"{name:10s} {variant:16s} {rows[variant]['ratio']:.3f} of plain RoPE's step")
         report[name] = {"shape": shape, "variant_to_rope": rows}
     return report

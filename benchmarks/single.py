@@ -8,8 +8,6 @@ A whole training step (forward, backward, clipping, AdamW) of the same mathemati
 """
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.plain import VOCABULARY, Transformer
 from benchmarks.provenance import write
+from benchmarks.timing import in_turn, medians, ratio
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy
 
@@ -139,37 +138,24 @@ def main() -> None:
     options = tyro.cli(Options)
     tokens = torch.randint(VOCABULARY, (options.batch_size, options.context + 1))
     tokens = tokens.to(options.device)
-    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     sides = {"plain": plain(options, tokens, compiled=False)}
     sides["ours"] = ours(options, adaptive(options), tokens, compiled=False)
     if options.compiled:
         sides["plain compiled"] = plain(options, tokens, compiled=True)
         sides["ours compiled"] = ours(options, adaptive(options), tokens, compiled=True)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(-_WARM_UP, options.rounds):
-        for side, step in sides.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(options.steps):
-                step()
-            wait()
-            if turn >= 0:
-                seconds[side].append((time.perf_counter() - start) / options.steps)
-
-    def ratio(side: str, other: str) -> float:
-        pairs = zip(seconds[side], seconds[other], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
+    times = in_turn(
+        sides, options.rounds, repeats=options.steps, warm_up=_WARM_UP, device=options.device
+    )
     report: dict[str, Any] = {
         "shape": {
             name: getattr(options, name)
             for name in ("d_model", "n_heads", "n_layers", "context", "batch_size")
         },
-        "seconds_per_step": {side: statistics.median(each) for side, each in seconds.items()},
-        "ours / plain": ratio("ours", "plain"),
+        "seconds_per_step": medians(times),
+        "ours / plain": ratio(times, "ours", "plain"),
     }
     if options.compiled:
-        report["ours compiled / plain compiled"] = ratio("ours compiled", "plain compiled")
+        report["ours compiled / plain compiled"] = ratio(times, "ours compiled", "plain compiled")
         report["recompilations"] = {
             "sliced": recompilations(options, tokens, capturable=False),
             "capturable": recompilations(options, tokens, capturable=True),

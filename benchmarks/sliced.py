@@ -13,9 +13,6 @@ Sides take turns; medians, and ratios within each round.
 
 import json
 import resource
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from benchmarks.provenance import write
+from benchmarks.timing import Run, in_turn, medians, ratio
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy, training_flops
 from models.attention import banded_attention, causal_distance, masked_attention, span_log_weight
@@ -36,7 +34,6 @@ WIDTHS = (0.25, 0.5, 0.75, 1.0)
 SPANS = (32, 64, 128, 256)
 BATCH = 4
 HEADS, HEAD_DIM, RAMP = 4, 32, 32.0
-Run = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +46,6 @@ class Options:
     """How often all sides are measured, in turn."""
     threads: int = 2
     """Threads of torch."""
-
-
-def in_turn(sides: dict[Any, Run], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of every side in every round."""
-    times: dict[Any, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        run()
-    for _ in range(rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[Any, list[float]], side: Any, other: Any) -> float:
-    return statistics.median(a / b for a, b in zip(times[side], times[other], strict=True))
 
 
 def training_step(width: float, span: float) -> Run:
@@ -105,13 +85,17 @@ def fitted(seconds: dict[tuple[float, float], float]) -> dict[str, Any]:
     keys = list(seconds)
     x, y = np.array([features(*key) for key in keys]), np.array([seconds[key] for key in keys])
     scale = x.max(axis=0)
-    errors = {}
+    errors: dict[str, float] = {}
+    ratio_errors: dict[str, float] = {}
+    full = keys.index((1.0, float(SHAPE["context"])))
     for i, (width, span) in enumerate(keys):
         rest = np.arange(len(keys)) != i
         relative = (x[rest] / scale) / y[rest, None]  # all steps weigh alike
         coefficients, _ = nnls(relative, np.ones(rest.sum()))
-        predicted = float(x[i] / scale @ coefficients)
-        errors[f"width {width:g}, span {span:g}"] = predicted / y[i] - 1
+        predicted = x / scale @ coefficients
+        name = f"width {width:g}, span {span:g}"
+        errors[name] = float(predicted[i] / y[i] - 1)
+        ratio_errors[name] = float(predicted[i] / predicted[full] / (y[i] / y[full]) - 1)
     coefficients, _ = nnls((x / scale) / y[:, None], np.ones(len(y)))
     residuals = x / scale @ coefficients / y - 1
     names = ("seconds_per_flop", "seconds_per_byte", "seconds_per_step")
@@ -119,6 +103,7 @@ def fitted(seconds: dict[tuple[float, float], float]) -> dict[str, Any]:
         **dict(zip(names, (coefficients / scale).tolist(), strict=True)),
         "relative_error": dict(zip(errors, residuals.tolist(), strict=True)),
         "relative_error_left_out": errors,
+        "ratio_error_left_out": ratio_errors,  # of a step to that at full width and span
         "largest_relative_error": max(abs(error) for error in errors.values()),
     }
 
@@ -128,7 +113,7 @@ def steps(rounds: int) -> dict[str, Any]:
     sides = {(width, full): training_step(width, full) for width in WIDTHS}
     sides |= {(width, float(s)): training_step(width, s) for width in (0.5, 1.0) for s in SPANS[:2]}
     times = in_turn(sides, rounds)
-    seconds = {key: statistics.median(values) for key, values in times.items()}
+    seconds = medians(times)
     return {
         "shape": {**SHAPE, "batch": BATCH},
         "seconds": {f"width {w:g}, span {s:g}": t for (w, s), t in seconds.items()},
@@ -165,7 +150,7 @@ def spans(rounds: int) -> dict[str, Any]:
     return {
         "context": 2048,
         "span": 256,
-        "seconds": {kind: statistics.median(values) for kind, values in times.items()},
+        "seconds": medians(times),
         "banded_to_causal_fused": ratio(times, "banded", "causal fused"),
         "banded_to_dense_masked": ratio(times, "banded", "dense masked"),
     }
@@ -174,7 +159,7 @@ def spans(rounds: int) -> dict[str, Any]:
 def contexts(rounds: int) -> dict[str, Any]:
     lengths = (1024, 2048, 4096, 8192)
     times = in_turn({seq: attention_run("banded", seq, 256) for seq in lengths}, rounds)
-    seconds = {seq: statistics.median(values) for seq, values in times.items()}
+    seconds = medians(times)
     return {
         "span": 256,
         "seconds": {str(seq): value for seq, value in seconds.items()},

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metactl.knobs import FloatArray
 from models import hashed_integers
 from models.device import brought
 
@@ -85,11 +84,10 @@ class Disturbances:
         during = (rows["disturbance_begins"] <= step) & (step < rows["disturbance_ends"])
         return during & (rows["disturbance"] == KINDS.index(kind))
 
-    def befallen(self, step: Int[Tensor, " replica"]) -> FloatArray:
-        """1 where a disturbance began before the optimizer step of this index, else 0."""
+    def befallen(self, step: Int[Tensor, " replica"]) -> Bool[Tensor, " replica"]:
+        """Where a disturbance began before the optimizer step of this index."""
         rows = self.rows
-        begun = (rows["disturbance"] != _NONE) & (rows["disturbance_begins"] < step)
-        return begun.double().cpu().numpy()
+        return (rows["disturbance"] != _NONE) & (rows["disturbance_begins"] < step)
 
     def rate(self, step: Int[Tensor, " replica"]) -> Float[Tensor, " replica"]:
         """The factor of each run's learning rate."""

@@ -227,28 +227,31 @@ class AdaptiveTransformerRun(TrainingRun):
             "probe_loss": self._probe()[0],
             "relative_cost": cost / self._full_cost(),
         }
+        internal = self._internal()
+        on_device |= internal
         packed = torch.stack([tensor.double() for tensor in on_device.values()])
         here = dict(zip(on_device, packed.cpu().numpy(), strict=True))
         tokens_per_step = self.config.batch_size * self.config.context
+        inside = {name: here.pop(name) for name in internal}
         return Measurement(
             diverged=here.pop("diverged").astype(bool) | ~np.isfinite(here["probe_loss"]),
             tokens_seen=here.pop("step") * tokens_per_step,
             unique_tokens=here.pop("train_tokens"),
             n_parameters=np.full(self.n_runs, float(self.model.count_parameters())),
-            internal=self._internal(),
+            internal=inside,
             **here,
         )
 
-    def _internal(self) -> dict[str, FloatArray]:
-        """What is known beyond the training loop, where the recipe asks for it."""
-        found = {}
+    def _internal(self) -> dict[str, Tensor]:
+        """What is known beyond the training loop, `[n_runs]`, where the recipe asks for it."""
+        found: dict[str, Tensor] = {}
         if self.config.disturb:
             found[DISTURBED] = self.disturbances.befallen(self._rows["step"])
         if self.config.internal:
             tokens, _ = self._reader.read(self._rows["probe"][:, :_WATCHED])
             signals = self.model.internal_signals(tokens[..., :-1])
             signals["gradient_noise_scale"] = self._gradient_noise_scale()
-            found |= {name: value.double().cpu().numpy() for name, value in signals.items()}
+            found |= signals
         return found
 
     def _gradient_noise_scale(self) -> Tensor:

@@ -19,7 +19,8 @@ from metactl.train import train
 from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
-OPTIONS = {"horizon": 6, "context": 16, "n_control_steps": 3, "dtype": "float64"}
+OPTIONS = {"horizon": 20, "context": 16, "n_control_steps": 5, "dtype": "float64"}
+CLOSE = {"rtol": 0, "atol": 1e-9}
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
@@ -39,16 +40,19 @@ def trajectory(row, before_step=None):
     for i, move in enumerate(np.random.default_rng(0).uniform(-1, 1, (7, 4, 4))):
         if before_step is not None:
             before_step(i)
-        observation, reward, *_ = env.step(move.astype(np.float32))
-        seen.append(np.column_stack((observation, reward)))
+        observation, reward, _, infos = env.step(move.astype(np.float32))
+        losses = [(info["train_loss"], info["probe_loss"]) for info in infos]
+        seen.append(np.column_stack((observation, reward, losses)))
     return np.concatenate([part.ravel() for part in seen])
 
 
-def test_actors_give_the_trajectories_of_processes_also_when_one_is_killed(ray, caplog):
+def test_actors_give_the_trajectories_of_processes_and_of_here_also_when_one_is_killed(ray, caplog):
     with ShardRow(ID, 2, OPTIONS, 2) as processes:
         expected = trajectory(processes)
+    with ShardRow(ID, 4, OPTIONS, 0) as local:
+        np.testing.assert_allclose(trajectory(local), expected, **CLOSE)
     with ShardRow(ID, 2, OPTIONS, 2, spawn=RayWorker) as row:
-        np.testing.assert_allclose(trajectory(row), expected, atol=1e-9)
+        np.testing.assert_allclose(trajectory(row), expected, **CLOSE)
 
         def disturb(i):
             if i == 2:
@@ -73,7 +77,7 @@ def test_trials_come_back_in_their_order_from_actors(ray):
         results = row.play(trials)
     assert [result.arm for result in results] == [str(i) for i in range(5)]
     for left, right in zip(results, expected, strict=True):
-        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, **CLOSE)
 
 
 def test_a_refused_option_says_the_same_from_an_actor(ray):

@@ -16,7 +16,8 @@ from metactl.shards import ShardRow, make_population
 from metactl.vec_env import ShardVecEnv
 
 ID = "envs:AdaptiveTransformer-v0"
-OPTIONS = {"horizon": 6, "context": 16, "n_control_steps": 3, "dtype": "float64"}
+OPTIONS = {"horizon": 20, "context": 16, "n_control_steps": 5, "dtype": "float64"}
+CLOSE = {"rtol": 0, "atol": 1e-9}
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +43,23 @@ def own(infos):
 
 
 def test_worker_processes_give_the_trajectories_of_this_process(workers):
-    moves = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4)).astype(np.float32)
+    moves = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4)).astype(np.float32)
     trajectories = []
     with ShardRow(ID, 4, OPTIONS, n_workers=0) as local:
         for row in (workers, local):
             env = ShardVecEnv(row)
             env.seed(7)
             seen = [env.reset()]
-            rewards = []
-            for move in moves:
-                observation, reward, *_ = env.step(move)
+            losses, rewards = [], []
+            for move in moves:  # 20 optimizer steps of one run each, and 8 of the next
+                observation, _, _, infos = env.step(move)
                 seen.append(observation)
-                rewards.append(reward)
-            trajectories.append((np.stack(seen), np.stack(rewards)))
-    np.testing.assert_allclose(trajectories[0][0], trajectories[1][0], atol=1e-9)
-    np.testing.assert_allclose(trajectories[0][1], trajectories[1][1], atol=1e-9)
+                losses.append([(info["train_loss"], info["probe_loss"]) for info in infos])
+                rewards.append([info["own_reward"] for info in infos])
+            trajectories.append((np.array(losses), np.array(rewards), np.stack(seen)))
+    for there, here in zip(*trajectories, strict=True):
+        np.testing.assert_allclose(there, here, **CLOSE)
+    assert trajectories[0][0].dtype == np.float64 and len(np.unique(trajectories[0][0])) == 56
 
 
 def test_trials_come_back_in_their_order_from_several_workers(workers):
@@ -69,7 +72,7 @@ def test_trials_come_back_in_their_order_from_several_workers(workers):
     assert [result.arm for result in results] == [str(i) for i in range(7)]
     assert sorted(finished) == [1, 2, 2, 2]
     for left, right in zip(results, expected, strict=True):
-        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, **CLOSE)
         assert left.best_test == pytest.approx(right.best_test, abs=1e-9)
 
 
@@ -81,7 +84,7 @@ def test_a_controller_shared_by_trials_does_the_same_wherever_its_runs_are(worke
             shared = RandomMoves(1)
             trials = [Trial(arm="random", episode=episode, controller=shared)] * 4
             results.append(np.stack([result.positions for result in row.play(trials)]))
-    np.testing.assert_allclose(results[0], results[1], atol=1e-9)
+    np.testing.assert_allclose(results[0], results[1], **CLOSE)
 
 
 def test_the_state_of_workers_goes_there_and_back(workers):
@@ -158,7 +161,7 @@ def test_trials_that_a_dying_worker_had_are_played_again(workers):
     results = workers.play(trials)
     assert [result.arm for result in results] == [str(i) for i in range(6)]
     for left, right in zip(results, expected, strict=True):
-        np.testing.assert_allclose(left.probe_loss, right.probe_loss, atol=1e-9)
+        np.testing.assert_allclose(left.probe_loss, right.probe_loss, **CLOSE)
 
 
 def test_a_call_that_kills_its_worker_every_time_is_an_error_in_words_and_no_hang():

@@ -42,6 +42,21 @@ def test_cost_at_full_width_is_six_times_parameters_times_tokens_and_attention(f
     assert training_flops(config, width=1.0, span=32.0, batch=5, seq=32) == pytest.approx(wanted)
 
 
+def test_a_backward_pass_costs_twice_its_forward_pass():
+    """What torch counts in training our layers' products is three times what it counts without."""
+    model = AdaptiveTransformer(TransformerConfig(d_model=32, context=16))
+    model.initialise([0], [0])
+    tokens = torch.zeros(1, 2, 16, dtype=torch.long)
+    counted = []
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns), FlopCounterMode(display=False) as counter:
+            logits = model(tokens)
+            if learns:
+                logits.sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[1] == 3 * counted[0] > 0
+
+
 @pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
 @pytest.mark.parametrize("width", [0.25, 0.5, 1.0])
 def test_cost_is_what_torch_counts_in_a_sliced_forward_pass(feed_forward, width):
