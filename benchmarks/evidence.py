@@ -201,10 +201,11 @@ def _costs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
 
 def _families(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     """How far settings are apart, by family of tasks."""
-    header = ["family", "default", *_ROOM, "two runs apart"]
+    shown = [key for key in _ROOM if any(key in room for room in found["families"].values())]
+    header = ["family", "default", *shown, "two runs apart"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for family, room in found["families"].items():
-        differences = [interval_text(room[key]) if key in room else "" for key in _ROOM]
+        differences = [interval_text(room[key]) if key in room else "" for key in shown]
         apart = f"{room['run_to_run']:.3f}"
         rows.append([f"`{family}`", f"{room['default']:.3f}", *differences, apart])
     return rows

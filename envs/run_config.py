@@ -11,7 +11,7 @@ from envs.budget import BUDGETS
 from envs.disturbances import KINDS
 from envs.graph import has_compiler
 from envs.knobs import USUAL_KNOBS, knobs_of
-from envs.tasks import FAMILIES
+from envs.tasks import FAMILIES, TaskFamily, build_family
 from metactl.config import STRICT
 from metactl.errors import unknown_name
 from metactl.knobs import Knob
@@ -27,6 +27,8 @@ class RunConfig:
     Args:
         task: What they learn: `"text"`, `"recall"`, `"digits"` or `"waves"` (see `envs.tasks`).
         data: File or folder of text; the Python standard library's sources without one.
+        other_data: Other text, which a run goes over to where a `"switch"` disturbs it; another
+            stretch of its own without.
         d_model: Channels at full width.
         n_layers: Blocks.
         n_heads: Attention heads at full width.
@@ -68,6 +70,7 @@ class RunConfig:
 
     task: str = "text"
     data: str | None = None
+    other_data: str | None = None
     d_model: int = 32
     n_layers: int = 2
     n_heads: int = 4
@@ -99,7 +102,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.task not in FAMILIES:
             raise ValueError(unknown_name("task", self.task, tuple(FAMILIES)))
-        if self.data is not None and self.task != "text":
+        if not (self.data is None and self.other_data is None) and self.task != "text":
             raise ValueError(f"data is for task 'text'; task {self.task!r} makes its own")
         if self.budget not in BUDGETS:
             raise ValueError(unknown_name("budget", self.budget, BUDGETS))
@@ -170,6 +173,11 @@ class RunConfig:
 
     def chosen_knobs(self) -> tuple[Knob, ...]:
         return knobs_of(self.transformer(), self.knobs, self.default_dropout, self.weight_decay)
+
+    def build_family(self) -> TaskFamily:
+        """The tasks, with their data read."""
+        of_data = (self.data, self.context, self.unique_bytes, self.other_data)
+        return build_family(self.task, *of_data)
 
     def transformer(self) -> TransformerConfig:
         return TransformerConfig(

@@ -16,7 +16,7 @@ from envs.knobs import OPTIMIZER_KNOBS
 from envs.memory import require_memory
 from envs.reader import Reader
 from envs.run_config import RunConfig, drawn
-from envs.tasks import Task, build_family
+from envs.tasks import Task
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
 from metactl.errors import unknown_name
@@ -74,7 +74,7 @@ class AdaptiveTransformerRun(TrainingRun):
             self.model.reserve_noise(config.batch_size * config.context)
         betas, max_norm = (0.9, config.beta2), config.max_gradient_norm
         self.optimizer = ReplicatedAdamW(self.model, betas=betas, max_norm=max_norm, fuse=compiles)
-        self.family = build_family(config.task, config.data, config.context, config.unique_bytes)
+        self.family = config.build_family()
         self._reader = Reader(self.family, config.context, self.device)
         self.disturbances = Disturbances(config.disturbances, config.disturb, n_runs, self.device)
         self._knobs = config.chosen_knobs()

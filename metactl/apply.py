@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -14,6 +15,7 @@ from metactl.controllers import Static
 from metactl.env import Step
 from metactl.evaluation import paired_episodes, policy_arm, summarise
 from metactl.files import write_atomically
+from metactl.homeostasis import Balance
 from metactl.log import TAGS
 from metactl.policy import Policy
 from metactl.progress import Progress
@@ -74,14 +76,12 @@ def apply_policy(
         static = Static()
         trials += [Trial(arm="default", episode=e, controller=static) for e in episodes]
     total = loop.config.n_control_steps
+    begin = np.repeat(default[None], n_runs, axis=0)
+    balance = Balance(policy.card.set_points, loop.codec, begin)
     with closing(env), Board(run_dir / "tb") as board:
 
         def on_step(index: int, step: Step) -> None:
-            scalars = _scalars(step, n_runs)
-            if policy.card.set_points is not None:
-                seen = step.observation[:n_runs]
-                drive = policy.card.set_points.drive(seen, loop.codec.names)
-                scalars["homeostasis/drive"] = float(drive.mean())
+            scalars = _scalars(step, n_runs) | balance.read(step.observation[:n_runs])
             board.scalars(scalars, (index + 1) * loop.optimizer_steps)
             if progress is not None:
                 progress(index + 1, total, _status(step, n_runs))

@@ -14,7 +14,7 @@ from metactl.adapters import AttachError, KnobAdapter
 from metactl.adapters.trial import sealed
 from metactl.arrays import from_json, to_json
 from metactl.controllers import BaseController, Guard
-from metactl.homeostasis import SetPoints
+from metactl.homeostasis import Balance, SetPoints
 from metactl.knobs import KnobSet
 from metactl.log import Log, tagged
 from metactl.meter import Meter
@@ -49,6 +49,7 @@ class Decision:
         applied: Whether the values were put in force (mode `"act"`).
         vetoed: Whether the guard decided instead of the controller.
         reason: The guard's, in words; empty where it let the controller decide.
+        drive: How far the run is from balance, where set-points say so; in balance up to 1.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Decision:
     applied: bool
     vetoed: bool
     reason: str
+    drive: float | None = None
 
 
 class Attachment:
@@ -114,7 +116,7 @@ class Attachment:
         self._history.reset([0], start)
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
-        self._set_points = set_points
+        self._balance = Balance(set_points, self._codec, self._positions)
         self._log = log if self._ranks.rank == 0 else Log(None)
         self._arm()
 
@@ -164,6 +166,7 @@ class Attachment:
             "history": {name: to_json(column) for name, column in self._history.columns.items()},
             "meter": self._meter.state_dict(),
             "guard": self._guard.state_dict(),
+            "balance": self._balance.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -191,6 +194,8 @@ class Attachment:
             if self._known_total and self._meter.steps > self._total:
                 raise ValueError(f"it took {self._meter.steps} optimizer steps of {self._total}")
             self._guard.load_state_dict(state["guard"])
+            if "balance" in state:  # not in states of older versions
+                self._balance.load_state_dict(state["balance"])
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._meter.load_state_dict(before[0])
             self._guard.load_state_dict(before[1])
@@ -268,9 +273,7 @@ class Attachment:
         )
         seen = tagged(measurement, self._codec.names, observation[0])
         seen |= {f"knob/{name}": value for name, value in self._written.items()}
-        if self._set_points is not None:
-            drive = self._set_points.drive(observation, self._codec.names)
-            seen["homeostasis/drive"] = float(drive[0])
+        seen |= self._balance.read(observation)
         if self._known_total and self._index >= self._n:
             self._log.write(seen, meter.steps)
             return None  # the end: nothing left to decide for
@@ -294,6 +297,7 @@ class Attachment:
             applied=self.act,
             vetoed=bool(reason),
             reason=reason,
+            drive=None if self._balance.drive is None else float(self._balance.drive[0]),
         )
 
     def _together(self, act: Callable[[], None]) -> None:

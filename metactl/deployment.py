@@ -58,7 +58,8 @@ def deployment(
         options["data"] = resolved
         if whole:
             options["unique_bytes"] = [_EVERYTHING, _EVERYTHING]
-    return trained.id, options | {k: v for k, v in (changes or {}).items() if v is not None}
+    changed = {k: v for k, v in (changes or {}).items() if v is not None}
+    return trained.id, options | resolve_data(changed)
 
 
 def kinds_of_runs(policy: Policy) -> list[dict[str, Any]]:

@@ -8,15 +8,17 @@ Gutkin 2014, doi:10.7554/eLife.04811, with n = 4, m = 2). A run is in balance wh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
+from metactl.arrays import from_json, to_json
 from metactl.config import STRICT
 from metactl.knobs import FloatArray
-from metactl.signals import INTERNAL, UNIVERSAL
+from metactl.signals import INTERNAL, UNIVERSAL, Codec
 
 VITALS = (
     "update_ratio",
@@ -118,6 +120,50 @@ def estimate(observations: np.ndarray, names: Sequence[str]) -> SetPoints:
 def homeostasis_index(drive: FloatArray) -> FloatArray:
     """Share of the control steps in balance, `[..., n_control_steps]` -> `[...]`."""
     return (np.asarray(drive) <= BALANCE).mean(axis=-1)
+
+
+class Balance:
+    """What a board shows of homeostasis while runs go on: means over them, by tag.
+
+    `homeostasis/drive` (where there are set-points), `homeostasis/index` (so far) and
+    `homeostasis/control_effort` (so far).
+
+    Args:
+        set_points: Of healthy runs, if known.
+        codec: Of the observations.
+        positions: Where the knobs begin, `[n_runs, n_knobs]`.
+    """
+
+    memory = ("_n_steps", "_balanced", "_effort", "_positions")
+
+    def __init__(self, set_points: SetPoints | None, codec: Codec, positions: FloatArray) -> None:
+        self._set_points, self._codec = set_points, codec
+        self._positions = np.array(positions, dtype=np.float64)
+        self._n_steps, self._balanced, self._effort = 0, np.zeros(len(positions)), 0.0
+        self.drive: FloatArray | None = None  # after the last control step, `[n_runs]`
+
+    def read(self, observation: np.ndarray) -> dict[str, float]:
+        """Takes in what was observed after a control step, `[n_runs, n_entries]`."""
+        positions = self._codec.positions(observation)
+        self._effort += float(np.abs(positions - self._positions).sum(axis=1).mean())
+        self._positions, self._n_steps = positions, self._n_steps + 1
+        found = {"homeostasis/control_effort": self._effort}
+        if self._set_points is not None:
+            self.drive = self._set_points.drive(observation, self._codec.names)
+            self._balanced = self._balanced + (self.drive <= BALANCE)
+            found["homeostasis/drive"] = float(self.drive.mean())
+            found["homeostasis/index"] = float(self._balanced.mean() / self._n_steps)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as JSON values."""
+        return {name: to_json(getattr(self, name)) for name in self.memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a state in force, all of it or, where it does not fit, nothing."""
+        read = {name: from_json(state[name], getattr(self, name)) for name in self.memory}
+        for name, value in read.items():
+            setattr(self, name, value)
 
 
 def settling_steps(drive: FloatArray, onset: int) -> int:

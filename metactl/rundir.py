@@ -207,11 +207,14 @@ def _resolved(path: str | Path, what: str) -> Path:
 
 
 def resolve_data(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with an absolute data path, checked before anything starts."""
-    data = options.get("data")
-    if data is None:
-        return options
-    path = _resolved(data, "Data")
-    if not path.exists():
-        raise ConfigError(f"Data {str(data)!r} does not exist")
-    return {**options, "data": str(path)}
+    """The options with absolute paths of data, checked before anything starts."""
+    resolved = dict(options)
+    for name in ("data", "other_data"):
+        data = options.get(name)
+        if data is None:
+            continue
+        path = _resolved(data, "Data")
+        if not path.exists():
+            raise ConfigError(f"Data {str(data)!r} does not exist")
+        resolved[name] = str(path)
+    return resolved

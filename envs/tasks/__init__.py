@@ -19,7 +19,11 @@ FAMILIES: dict[str, type[TaskFamily]] = {
 
 
 def build_family(
-    task: str, data: str | None, context: int, unique_bytes: tuple[int, int]
+    task: str,
+    data: str | None,
+    context: int,
+    unique_bytes: tuple[int, int],
+    other_data: str | None = None,
 ) -> TaskFamily:
     """The family of a name in `FAMILIES`.
 
@@ -28,12 +32,14 @@ def build_family(
         data: File or folder of text, for `text` alone.
         context: Tokens per sequence.
         unique_bytes: Range of the training data's size, in tokens.
+        other_data: File or folder of text that unlike tasks come from, for `text` alone.
 
     Raises:
         ValueError: For a context that the family does not go with.
     """
     if task == "text":
-        return TextFamily(load_corpus(data), context, unique_bytes)
+        other = None if other_data is None else load_corpus(other_data)
+        return TextFamily(load_corpus(data), context, unique_bytes, other)
     family: Callable[[int, tuple[int, int]], TaskFamily] = FAMILIES[task]
     return family(context, unique_bytes)
 

@@ -12,6 +12,7 @@ from envs.tasks.family import (
     TEST_SEQUENCES,
     Task,
     TaskFamily,
+    another_seed,
     check_unique_bytes,
     evenly,
 )
@@ -30,16 +31,26 @@ class TextFamily(TaskFamily):
         context: Tokens per sequence.
         unique_bytes: Range of the training data's size, drawn log-uniformly and cut to what
             the corpus has.
+        other: Where unlike tasks come from, if not from the same corpus.
     """
 
     vocabulary: ClassVar[int] = 256
 
-    def __init__(self, corpus: Corpus, context: int, unique_bytes: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        context: int,
+        unique_bytes: tuple[int, int],
+        other: Corpus | None = None,
+    ) -> None:
         check_unique_bytes(unique_bytes)
         low, high = unique_bytes
-        self.corpus, self.context = corpus, context
-        self.data, self.counted, self.stride = corpus.data, None, 1
+        self.corpus, self.context, self.other = corpus, context, other
+        all_of_it = corpus.data if other is None else np.concatenate((corpus.data, other.data))
+        self.data, self.counted, self.stride = all_of_it, None, 1
         self.unique_bytes = (max(low, context + 2), max(high, context + 2))
+        if other is not None:
+            self._sample(other, len(corpus.data), 0, "all")  # refuses one that is too short
 
     def sample(self, seed: int, split: str) -> Task:
         """The task of a seed, from one part of the corpus.
@@ -47,8 +58,18 @@ class TextFamily(TaskFamily):
         Raises:
             ValueError: If that part is too short; the message says what is needed.
         """
+        return self._sample(self.corpus, 0, seed, split)
+
+    def unlike(self, task: Task, seed: int) -> Task:
+        """A task of the other corpus or, without one, of another stretch of the same part."""
+        if self.other is None:
+            return super().unlike(task, seed)
+        return self._sample(self.other, len(self.corpus.data), another_seed(seed), "all")
+
+    def _sample(self, corpus: Corpus, place: int, seed: int, split: str) -> Task:
+        """A task of a corpus that lies at some place in the data."""
         rng = np.random.default_rng([seed, 0x7E57])
-        first, end = self.corpus.bounds(split)
+        first, end = (place + bound for bound in corpus.bounds(split))
         window = self.context + 1
         held_out = min(
             2 * max(PROBE_SEQUENCES, TEST_SEQUENCES) * window,
@@ -57,7 +78,7 @@ class TextFamily(TaskFamily):
         longest = end - first - held_out
         if held_out < 2 * window or longest < window + 1:
             raise ValueError(
-                f"Data {self.corpus.name!r} is too short: {end - first} bytes for {split}, and a "
+                f"Data {corpus.name!r} is too short: {end - first} bytes for {split}, and a "
                 f"context of {self.context} needs {math.ceil(2 * window / _HELD_OUT_SHARE)}"
             )
         train_tokens = min(int(evenly(seed, self.unique_bytes) + 1e-6), longest)

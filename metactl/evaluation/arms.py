@@ -17,6 +17,7 @@ from metactl.controllers import (
     RandomMoves,
     Replay,
     Responsive,
+    Schedule,
     Static,
     Together,
     WithSignalsOf,
@@ -148,6 +149,25 @@ def more_rule_arms(knobs: KnobSet, positions: FloatArray) -> list[Arm]:
         for name, rule in rules.items()
         if set(rule.moves) <= set(knobs.names)
     ]
+
+
+def further_rule_arms(knobs: KnobSet, positions: FloatArray, n_control_steps: int) -> list[Arm]:
+    """The loss-driven rule by single losses, without patience; and a span that warms up."""
+    hasty = Responsive(patience=1, smoothing=1.0, tolerance=0.0)
+    name = "responsive rule, no smoothing"
+    arms = [Arm(name=name, positions=positions, controllers=(hasty,))]
+    if "attention_span" in knobs.names:
+        arms.append(_window_warm_up(knobs, positions, n_control_steps))
+    return arms
+
+
+def _window_warm_up(knobs: KnobSet, positions: FloatArray, n_control_steps: int) -> Arm:
+    """A span that grows over the first half of a run, from its smallest to where it is set."""
+    narrow = positions.copy()
+    narrow[knobs.names.index("attention_span")] = 0.0
+    course = np.stack([narrow, positions, positions])
+    schedule = Schedule(np.array([0.0, 0.5, 1.0]), course, n_control_steps)
+    return Arm(name="window warm-up (span)", positions=narrow, controllers=(schedule,))
 
 
 def random_arm(positions: FloatArray, n_tasks: int, seed: int) -> Arm:

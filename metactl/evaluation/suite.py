@@ -15,6 +15,7 @@ from metactl.evaluation.arms import (
     Results,
     chosen_arm,
     from_arm,
+    further_rule_arms,
     knob_arms,
     more_rule_arms,
     other_seed_arm,
@@ -143,22 +144,28 @@ def evaluate(
         grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
         chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
         rules = [rule_arm(default), *more_rule_arms(knobs, default)]
+        if plan.controls:
+            rules += further_rule_arms(knobs, default, about["n_control_steps"])
         first = [policy_arm(policy, default), *rules, *grid, *chosen]
-        first += [from_arm(rival, name, default) for name, rival in plan.rivals.items()]
+        rivals = [from_arm(rival, name, default) for name, rival in plan.rivals.items()]
+        first += rivals
         if plan.controls:
             first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
         if plan.each_knob:
             first += knob_arms(policy, knobs, default)
         n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
         n_arms = len(first) + 1 + plan.controls + n_swaps + 2 * plan.population
-        n_arms += plan.disturbed * (3 + len(rules))
-        n_arms += 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+        n_found = 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+        n_arms += n_found
+        n_arms += plan.disturbed * (3 + len(rules) + len(rivals) + plan.controls + n_found)
         n_arms += plan.beforehand * (2 + len(grid) + len(chosen))
         count = Counter(n * n_arms + 2 * plan.schedule_runs + plan.linear_runs, progress)
         results = play_arms(shards, first, n, plan.seed, count)
         then: list[Arm] = [replay_arm(results["policy"], default)]
         if plan.controls:
             then.append(yoked_arm(results.pop("policy, other seeds"), default))
+        blind = list(then)  # whatever befalls a run, they do as they did
+        if plan.controls:
             played = results["policy"]
             then += swapped_arms(policy, played, default, names, each=plan.each_group)
         results |= play_arms(shards, then, n, plan.seed, count)
@@ -182,13 +189,8 @@ def evaluate(
     summary = {**_summary(policy, about, results), "n_tasks": n, "seed": plan.seed}
     summary["grid_points"] = len(grid) + len(chosen)
     if plan.disturbed:
-        best = results["best static"][0].positions[0]
-        arms = [
-            policy_arm(policy, default),
-            *rules,
-            static_arm("best static", best),
-            replay_arm(results["policy"], default),
-        ]
+        tuned = static_arm("best static", results["best static"][0].positions[0])
+        arms = [policy_arm(policy, default), *rules, tuned, *blind, *found, *rivals]
         with closing(where.open(disturb=1.0)) as shards:
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)

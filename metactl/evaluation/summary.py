@@ -70,6 +70,7 @@ def _figures(
         "flops": finite_mean(np.array([run.flops[-1] for run in runs])),
         "diverged": int(column(runs, "diverged").sum()),
         "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
+        "final_knobs": final_knobs(runs),
         _PER_TASK: column(runs, "final_test").tolist(),
     }
     inside = [name for name in INTERNAL_NAMES if f"signal/{name}" in names]
@@ -80,6 +81,20 @@ def _figures(
         figures["homeostasis_index"] = float(homeostasis_index(drive).mean())
         figures["mean_drive"] = finite_mean(drive)
     return figures
+
+
+def final_knobs(runs: Sequence[TrialResult]) -> dict[str, dict[str, float]]:
+    """Where each knob ends: median, 10th and 90th percentile, and the share of runs at a bound."""
+    ends = np.stack([run.positions[-1] for run in runs])
+    found = {}
+    for i, name in enumerate(runs[0].values):
+        values = np.array([run.values[name][-1] for run in runs])
+        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+        bounds = {"at_lowest": ends[:, i] <= 0, "at_highest": ends[:, i] >= 1}
+        shares = {bound: float(there.mean()) for bound, there in bounds.items()}
+        spread = {"median": float(middle), "tenth": float(low), "ninetieth": float(high)}
+        found[name] = spread | shares
+    return found
 
 
 def _mean_signal(runs: Sequence[TrialResult], names: Sequence[str], name: str) -> float | None:
@@ -113,6 +128,7 @@ def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) ->
         "probability_of_improvement": probability_of_improvement(ours, theirs),
         "iqm": interquartile_mean(ours - theirs),
         "worst_decile_regret": worst_decile(ours / theirs - 1),
+        "within_2_percent": float((ours <= 1.02 * theirs).mean()),
         **cost_to_reach(policy, other),
     }
 

@@ -113,6 +113,28 @@ def test_after_a_switch_a_run_reads_and_is_judged_by_the_other_task():
         assert run._rows[name].tolist() == [getattr(other, name).tolist()]
 
 
+def test_text_may_switch_to_another_text(tmp_path):
+    here, there = tmp_path / "here.txt", tmp_path / "there.txt"
+    here.write_bytes(b"ab" * 2_000)
+    there.write_bytes(b"yz" * 1_500)
+    text = {"task": "text", "unique_bytes": (500, 900), "context": 16}
+    run = start(
+        [3], **text, data=str(here), other_data=str(there), disturbances=("switch",), disturb=1.0
+    )
+    read = []
+    for n_steps in (begins(run)[0], 1):
+        run.advance(n_steps)
+        of_training = run._reader.read(run._starts())[0]
+        of_test = run._reader.read(run._rows["test"])[0]
+        read.append({bytes(t.flatten().unique().tolist()) for t in (of_training, of_test)})
+    assert read == [{b"ab"}, {b"yz"}]
+    there.write_bytes(b"yz")
+    with pytest.raises(ValueError, match=r"there.txt' is too short"):
+        build_run(1, {**TINY, **text, "data": str(here), "other_data": str(there)})
+    with pytest.raises(ValueError, match="data is for task 'text'"):
+        build_run(1, {**TINY, "other_data": str(here)})
+
+
 def test_a_kick_shakes_the_weights_once():
     run = disturbed("kick", [3])
     run.advance(begins(run)[0])

@@ -147,6 +147,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
+    arms |= {"responsive rule, no smoothing", "window warm-up (span)"}
     arms |= {f"rival {twin}", "best static of training tasks", "the same by size of the data"}
     arms |= {"policy from there", "policy from the worst static"}  # beforehand
     assert summary["grid_points"] == 4
@@ -158,6 +159,13 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     assert summary["policy_minus"][f"rival {twin}"]["final_test"]["estimate"] == 0
     assert summary["arms"]["default"]["flops"] > 0
     assert 0 <= summary["arms"]["default"]["homeostasis_index"] <= 1
+    ends = summary["arms"]["default"]["final_knobs"]
+    assert ends["dropout"]["median"] == 0.1 and ends["dropout"]["at_lowest"] == 0
+    assert ends["embedding_width"] == {
+        **{"tenth": 1, "median": 1, "ninetieth": 1},
+        **{"at_lowest": 0, "at_highest": 1},
+    }
+    assert summary["policy_minus"][f"rival {twin}"]["within_2_percent"] == 1
     assert set(summary["moves_explained_by_progress"]) >= {"dropout", "rope_base"}
     assert figure.stat().st_size > 5_000
 
@@ -180,8 +188,10 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert {"best static of training tasks", "the same by size of the data"} <= set(arms)
     assert {"best schedule", "schedule told the data size"} <= set(arms)
     disturbed = summary["disturbed"]
-    rules = {"responsive rule", "gap rule (dropout)"}
-    assert set(disturbed["arms"]) == rules | {"policy", "best static", "replay"}
+    rules = {"responsive rule", "responsive rule, no smoothing", "gap rule (dropout)"}
+    rules |= {"window warm-up (span)"}
+    blind = {"best static", "replay", "yoked", "best schedule", "schedule told the data size"}
+    assert set(disturbed["arms"]) == rules | blind | {"policy"}
     for figures in disturbed["arms"].values():
         assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
         assert figures["excess_loss_area"] != 0

@@ -7,6 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from metactl.homeostasis import (
+    Balance,
     SetPoints,
     control_effort,
     estimate,
@@ -175,3 +176,29 @@ def test_damaged_set_points_are_refused(change, words):
 def test_set_points_out_of_order_are_refused():
     with pytest.raises(ValueError, match="increasing bins of progress"):
         SetPoints(progress=(0.5, 0.5), medians={}, half_widths={})
+
+
+def test_the_board_shows_drive_share_in_balance_and_the_way_of_the_knobs_also_resumed():
+    balance = Balance(flat(), CODEC, np.array([[0.5], [0.5]]))
+    seen = observations(2, 2, update_ratio=np.array([[0.0, 0.0], [3.0, 0.0]]))
+    for step, position in enumerate((0.75, 0.25)):
+        seen[:, step, NAMES.index("knob/k/position")] = 2 * position - 1
+    first = balance.read(seen[:, 0])
+    drive = np.sqrt(2**4 / 2)
+    assert first == {
+        "homeostasis/control_effort": 0.25,
+        "homeostasis/drive": pytest.approx(drive / 2),
+        "homeostasis/index": 0.5,
+    }
+    assert balance.drive.tolist() == [0.0, pytest.approx(drive)]
+    again = Balance(flat(), CODEC, np.array([[0.5], [0.5]]))
+    again.load_state_dict(json.loads(json.dumps(balance.state_dict())))
+    wanted = {"drive": 0.0, "index": 0.75, "control_effort": 0.75}
+    for each in (balance, again):
+        assert each.read(seen[:, 1]) == {f"homeostasis/{name}": x for name, x in wanted.items()}
+
+
+def test_without_set_points_the_board_shows_the_effort_alone():
+    balance = Balance(None, CODEC, np.array([[0.5]]))
+    assert balance.read(observations(1, 1)[:, 0]) == {"homeostasis/control_effort": 0.0}
+    assert balance.drive is None
