@@ -19,7 +19,6 @@ process and replayed CUDA graphs, and the processes of the others share the GPU.
 
 import gc
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -101,6 +100,13 @@ def _peak_memory(pids: list[int]) -> float | None:
     return total
 
 
+def _populations_memory(device: str) -> float | None:
+    """MiB at the peak, of the worker processes or of the GPU."""
+    if device == "cuda":
+        return plain.peak_memory(device)
+    return _peak_memory([process.pid or 0 for process in multiprocessing.active_children()])
+
+
 def _steps_per_second(step: Callable[[], None], n_runs: int, seconds: float) -> float:
     for _ in range(2):
         step()
@@ -137,11 +143,7 @@ def population(
             row.call("step", [(rng.uniform(-1, 1, (each, n_knobs)),) for _ in range(workers)])
 
         rate = _steps_per_second(step, each * workers, seconds)
-        if device == "cuda":
-            return rate, plain.peak_memory(device)
-        return rate, _peak_memory(
-            [process.pid or 0 for process in multiprocessing.active_children()]
-        )
+        return rate, _populations_memory(device)
 
 
 def subproc(shape: dict[str, int], seconds: float, device: str) -> Figures:
@@ -199,8 +201,7 @@ def ppo(shape: dict[str, int], n_runs: int, device: str) -> Figures:
 
     def note(done: int, *_: object) -> None:
         at[done] = time.perf_counter()
-        pids = [os.getpid(), *(process.pid or 0 for process in multiprocessing.active_children())]
-        peak[0] = plain.peak_memory(device) if device == "cuda" else _peak_memory(pids)
+        peak[0] = _populations_memory(device)
 
     with tempfile.TemporaryDirectory() as folder:
         train(config, Path(folder), progress=note)
