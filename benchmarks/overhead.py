@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead --json FILE
 
-Three runs of one transformer from the same weights take turns, one control step each, in changing
-order; medians over the rounds of two figures. `ratio`: the whole run's time to that of the run
-alone, which says what a user sees, to within the machine's noise. `share`: only optimizer step,
-hooks and controller are timed, and what they take more than the optimizer step of the run alone, in
-units of its whole time; that leaves out the noise of the model's own passes. Knobs move and
-TensorBoard is written to.
+Three runs of one transformer from the same weights, under the policy that ships, take turns, one
+control step each, in changing order; medians over the rounds of two figures. `ratio`: the whole
+run's time to that of the run alone, which says what a user sees, to within the machine's noise.
+`share`: only optimizer step, hooks and controller are timed, and what they take more than the
+optimizer step of the run alone, in units of its whole time; that leaves out the noise of the
+model's own passes. Knobs move and TensorBoard is written to.
 """
 
 import json
@@ -25,7 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.plain import VOCABULARY, Transformer
 from benchmarks.provenance import write
 from metactl import Controller
-from metactl.controllers import RandomMoves
+from metactl.controllers import Learned
+from metactl.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,17 @@ class Options:
 
     json: Path
     """Where the figures go."""
-    rounds: int = 8
+    rounds: int = 15
     """Control steps of each run."""
-    steps_per_decision: int = 25
-    """Optimizer steps of a control step: 1000 for a run of 40 decisions."""
-    batch_size: int = 4
-    d_model: int = 256
-    n_layers: int = 6
-    context: int = 256
+    steps_per_decision: int = 10
+    """Optimizer steps of a control step: 400 for a run of 40 decisions."""
+    batch_size: int = 8
+    d_model: int = 128
+    n_layers: int = 4
+    context: int = 128
 
 
-def training_run(options: Options, side: str, folder: str) -> Callable[[], float]:
+def training_run(options: Options, policy: Policy, side: str, folder: str) -> Callable[[], float]:
     """A run that takes one optimizer step when called; seconds of the part that is controlled."""
     torch.manual_seed(0)
     model = Transformer(options.d_model, 4, options.n_layers, options.context)
@@ -56,7 +57,7 @@ def training_run(options: Options, side: str, folder: str) -> Callable[[], float
         logits = model(tokens[:, :-1])
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    controller = Controller(RandomMoves(0), n_control_steps=options.rounds + 2, strict=True)
+    controller = Controller(Learned(policy), n_control_steps=options.rounds + 2, strict=True)
     controller.attach(
         model,
         optimizer,
@@ -83,11 +84,11 @@ def training_run(options: Options, side: str, folder: str) -> Callable[[], float
 
 
 def main(options: Options) -> None:
-    sides = ["plain", "control", "probe"]
+    sides, policy = ["plain", "control", "probe"], Policy.load("default")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     controlled: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {side: training_run(options, side, folder) for side in sides}
+        runs = {side: training_run(options, policy, side, folder) for side in sides}
         for round_index in range(options.rounds + 1):
             shift = round_index % len(sides)
             for side in sides[shift:] + sides[:shift]:
