@@ -27,7 +27,13 @@ from benchmarks.provenance import write
 from benchmarks.timing import Run, in_turn, medians, ratio
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, Noise, TransformerConfig, cross_entropy, training_flops
-from models.attention import banded_attention, causal_distance, masked_attention, span_log_weight
+from models.attention import (
+    SharedSpan,
+    banded_attention,
+    causal_distance,
+    masked_attention,
+    span_log_weight,
+)
 
 SHAPE = {"d_model": 256, "n_heads": 8, "n_layers": 4, "context": 256}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -136,7 +142,8 @@ def attention_run(kind: str, seq: int, span: int) -> Run:
         if kind == "dense masked":
             bias = span_log_weight(distance, torch.tensor([float(span)]), RAMP)
             return masked_attention(q, k, v, bias[:, None])
-        return banded_attention(q, k, v, float(seq if kind == "causal fused" else span), RAMP)
+        shared = SharedSpan.of(float(seq if kind == "causal fused" else span), RAMP)
+        return banded_attention(q, k, v, shared, RAMP)
 
     def run() -> None:
         torch.autograd.grad(out().sum(), (q, k, v))

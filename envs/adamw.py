@@ -86,7 +86,7 @@ class ReplicatedAdamW:
             self._decayed[:, stretch] = 1
         self._whole = _Views(*buffers, [slice(None)] if fuse else stretches)
         self._sliced = model.sliced
-        self._may_look = device.type == "cpu" and not model.knobs.capturable
+        self._may_look = device.type == "cpu" and not model.knobs.capturable and not fuse
         self._views: dict[int, list[_Views]] = {}
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
         self._measured = [i for i, name in enumerate(names) if not name.startswith("rotation.")]

@@ -10,7 +10,7 @@ inside the softmax: exp(logit) * m(d), normalised; zero outside, so a change of 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,24 @@ _CHUNKS_BEHIND = 4  # of the band: more of them see fewer keys in vain, in small
 _SHORTEST_CHUNK = 32
 _BANDED_UP_TO = 0.75  # of the sequence; a longer band costs what the whole does
 EXPLICIT_UP_TO = 128  # tokens; below, batched products beat the fused kernel on CPUs
+
+
+class SharedSpan(NamedTuple):
+    """One span of all replicas: what a program only reads, and what decides which program it is.
+
+    Args:
+        tokens: Attended in full; a number, or a tensor of one.
+        reach: Distance of the furthest key that has any weight, or more.
+        whole: Longest sequence in which every key is known to have its full weight.
+    """
+
+    tokens: float | Tensor
+    reach: int
+    whole: int
+
+    @classmethod
+    def of(cls, span: float, ramp: float) -> "SharedSpan":
+        return cls(span, math.ceil(span + ramp) - 1, math.floor(span) + 1)
 
 
 def span_log_weight(
@@ -111,7 +129,7 @@ def banded_attention(
     q: Float[Tensor, "replica batch head seq qk_dim"],
     k: Float[Tensor, "replica batch head seq qk_dim"],
     v: Float[Tensor, "replica batch head seq head_dim"],
-    span: float,
+    span: SharedSpan,
     ramp: float,
     by_distance: Float[Tensor, "replica head seq"] | None = None,
 ) -> Float[Tensor, "replica batch head seq head_dim"]:
@@ -122,22 +140,21 @@ def banded_attention(
         q: Queries.
         k: Keys.
         v: Values; logits are divided by the root of their dimension.
-        span: Tokens attended in full.
+        span: That all share.
         ramp: Tokens over which the weight then falls to zero.
         by_distance: Relative bias of each head by distance in tokens.
     """
     n, batch, heads, seq, _ = q.shape
     scale = 1 / math.sqrt(v.shape[-1])
-    reach = math.ceil(span + ramp) - 1  # distance of the furthest key that has any weight
-    chunk = max(_SHORTEST_CHUNK, math.ceil(reach / _CHUNKS_BEHIND))
+    reach, chunk = span.reach, max(_SHORTEST_CHUNK, -(-span.reach // _CHUNKS_BEHIND))
     if by_distance is not None:
         by_distance = by_distance.repeat_interleave(batch, 0).flatten(0, 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bias = _last_rows(q.shape[2], k.shape[2], span, ramp, by_distance, q)[:, None]
+        bias = _last_rows(q.shape[2], k.shape[2], span.tokens, ramp, by_distance, q)[:, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
-    if span >= seq - 1 and by_distance is None:
+    if seq <= span.whole and by_distance is None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.unflatten(0, (n, batch))
@@ -174,13 +191,19 @@ class _Windows(torch.autograd.Function):
 
 
 def _last_rows(
-    n_queries: int, n_keys: int, span: float, ramp: float, by_distance: Tensor | None, like: Tensor
+    n_queries: int,
+    n_keys: int,
+    span: float | Tensor,
+    ramp: float,
+    by_distance: Tensor | None,
+    like: Tensor,
 ) -> Tensor:
     """Bias of the last queries of so many keys, `[1 or replica * batch * head, query, key]`."""
     precise = torch.promote_types(like.dtype, torch.float32)
     distance = torch.arange(n_keys - 1, -n_queries, -1, device=like.device, dtype=precise)
-    shared = torch.full_like(distance[:1], span)
-    relative = span_log_weight(distance[None], shared, ramp)[:, 0]
+    if not isinstance(span, Tensor):
+        span = torch.full_like(distance[:1], span)
+    relative = span_log_weight(distance[None], span.to(distance), ramp)[:, 0]
     if by_distance is not None:
         relative = relative + by_distance[:, distance.clamp(0, by_distance.shape[1] - 1).long()]
     return relative.to(like.dtype).unfold(-1, n_keys, 1).flip(-2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import causal_distance, span_log_weight
+from models.attention import SharedSpan, causal_distance, span_log_weight
 from models.config import LARGEST_BASE, TransformerConfig
 from models.device import brought
 from models.width import level_of_channel, nearest_level, stepped_gates
@@ -240,11 +240,22 @@ class Knobs(nn.Module):
         if self.sliced:
             spans = self.attention_span.tolist()
             _require_shared("attention_span", spans)
-            self.shared_span: float = spans[0]
+            self._span = SharedSpan.of(spans[0], self.config.ramp)
+            self._reach_level = 1 << (self._span.reach - 1).bit_length()
+            self._whole_level = self.config.context * (self.config.context <= self._span.whole)
             return
         span = self.attention_span
         distance = causal_distance(self.config.context, device=span.device, dtype=span.dtype)
         self.span_bias.copy_(span_log_weight(distance, span, self.config.ramp))
+
+    def shared_span(self) -> SharedSpan:
+        """The span of all replicas, in sliced execution.
+
+        Compiled, the program is one for spans up to each power of two, not for every span.
+        """
+        if torch.compiler.is_compiling():
+            return SharedSpan(self.attention_span[:1], self._reach_level, self._whole_level)
+        return self._span
 
     def span_bias_rows(self, first: int, seq: int) -> Tensor:
         """Log weights of `seq` keys for the queries `first` .. seq - 1, `[replica, query, key]`."""

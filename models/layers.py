@@ -30,7 +30,6 @@ class Pass:
     d_model: int
     n_heads: int
     hidden: int
-    span: float | None  # shared span when sliced, else None
     keep: list[Tensor] | None  # dropout multipliers, the next place's last
     rotary: RotaryPass
     batch: int
@@ -80,8 +79,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, state: Pass, layer: int) -> Tensor:
     by_distance = layer_heads(relative.by_distance, layer, state.n_heads)
     offset, seq = k.shape[3] - q.shape[3], k.shape[3]
     plain = state.cache is None and state.watch is None
-    if state.span is not None and plain and relative.bias is None:
-        return banded_attention(q, k, v, state.span, state.config.ramp, by_distance)
+    if state.knobs.sliced and plain and relative.bias is None:
+        span = state.knobs.shared_span()
+        return banded_attention(q, k, v, span, state.config.ramp, by_distance)
     bias = state.knobs.span_bias_rows(offset, seq)[:, None]
     if by_distance is not None:
         bias = bias + toeplitz(by_distance)

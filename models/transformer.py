@@ -379,7 +379,6 @@ class AdaptiveTransformer(nn.Module):
             d_model=d,
             n_heads=heads,
             hidden=hidden,
-            span=knobs.shared_span if self.sliced else None,
             keep=keep,
             rotary=self.rotation.prepare(offset + seq, knobs.rotation_strength, offset),
             batch=batch,

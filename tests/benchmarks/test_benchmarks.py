@@ -3,12 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import single
+from benchmarks import cost, disturbed, population, single
 from benchmarks.provenance import write
 from benchmarks.rotation.jobs import train_arm
+from benchmarks.timing import in_turn, ratio
+from metactl.controllers import Static
+from metactl.knobs import Knob, KnobSet
+from metactl.signals import Codec
 
 
 def test_an_arm_of_the_claims_about_rotations_trains_and_is_looked_at():
@@ -36,3 +41,46 @@ def test_figures_name_their_machine_and_commit(tmp_path, monkeypatch):
     write(tmp_path / "figures.json", {"ratio": 1.5})
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["ratio"] == 1.5 and found["commit"] == "0123abc" and found["machine"]["cores"] >= 1
+
+
+def test_sides_take_turns_and_what_warms_up_does_not_count():
+    log = []
+    sides = {name: (lambda name=name: log.append(name)) for name in ("a", "b")}
+    times = in_turn(sides, 3, repeats=2, warm_up=1)
+    assert log == ["a", "a", "b", "b"] * 4
+    assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
+    assert ratio({"a": [1.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0]}, "a", "b") == 2
+
+
+@pytest.mark.parametrize(("n_runs", "workers"), [(1, 1), (5, 1), (6, 3), (8, 4)])
+def test_all_runs_of_a_population_are_measured_whatever_the_cores(n_runs, workers, monkeypatch):
+    monkeypatch.setattr(population, "default_workers", lambda: 4)
+    assert population._workers("cpu", n_runs) == workers
+    assert population._workers("cuda", n_runs) == 1
+
+
+def test_costs_are_of_one_step_of_one_run(tmp_path):
+    few = {"runs": (1, 2), "d_model": (16,), "context": (8,), "width": (0.5,), "span": (8,)}
+    found = cost.curves(cost.Options(json=tmp_path / "cost.json", rounds=1, **few))
+    assert {name: list(curve) for name, curve in found.items()} == {
+        name: [f"{x:g}" for x in points] for name, points in few.items()
+    }
+    assert all(0 < each < 1e3 for curve in found.values() for each in curve.values())
+    cost.draw(tmp_path / "cost.png", found)
+    assert (tmp_path / "cost.png").stat().st_size > 5_000
+
+
+def test_who_is_told_of_a_raised_rate_lowers_it_while_it_lasts_and_then_comes_back():
+    knob = Knob(name=disturbed.RATE, low=0.1, high=10.0, default=1.0, scale="log2")
+    knobs = KnobSet([knob])
+    codec, positions, seen = Codec(knobs), knobs.default_positions(1), []
+    told = disturbed.Told(Static(), begins=0.21, ends=0.28, factor=10.0, n_control_steps=40)
+    told.begin(codec, 1)
+    for _ in range(40):
+        observation = np.zeros((1, len(codec.names)))
+        observation[:, codec.names.index(f"knob/{knob.name}/position")] = 2 * positions - 1
+        positions = knobs.move(positions, told.act(observation), progress=1 / 40)
+        seen.append(float(positions[0, 0]))
+    # Control steps 8 to 11 are disturbed: a tenth of the range each way in each of them.
+    wanted = [0.5] * 8 + [0.4, 0.3, 0.2, 0.1] + [0.2, 0.3, 0.4] + [0.5] * 25
+    assert seen == pytest.approx(wanted, abs=1e-6)

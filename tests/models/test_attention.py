@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from models.attention import (
     EXPLICIT_UP_TO,
+    SharedSpan,
     banded_attention,
     causal_distance,
     masked_attention,
@@ -62,7 +63,7 @@ def test_both_executions_equal_a_loop_over_queries_and_keys(span, ramp):
     q, k, v = (x.detach() for x in draw(13))
     wanted = reference(q, k, v, span, ramp)
     assert_same([masked_attention(q, k, v, bias(13, [span] * 2, ramp))], [wanted], 1e-10)
-    assert_same([banded_attention(q, k, v, span, ramp)], [wanted], 1e-10)
+    assert_same([banded_attention(q, k, v, SharedSpan.of(span, ramp), ramp)], [wanted], 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -82,7 +83,7 @@ def test_both_executions_equal_a_loop_over_queries_and_keys(span, ramp):
 def test_banded_attention_equals_masked_attention_in_values_and_gradients(seq, span, ramp, dtype):
     inputs = draw(seq, dtype=dtype)
     masked = masked_attention(*inputs, bias(seq, [span] * 2, ramp, dtype))
-    banded = banded_attention(*inputs, span, ramp)
+    banded = banded_attention(*inputs, SharedSpan.of(span, ramp), ramp)
     assert_same([banded], [masked], TOLERANCE[dtype])
     assert_same(gradients(banded, inputs), gradients(masked, inputs), TOLERANCE[dtype])
 
@@ -95,7 +96,7 @@ def test_banded_equals_masked_for_any_length_span_and_ramp(seq, span, ramp, seed
     span = min(span, float(seq))
     q, k, v = (x.detach() for x in draw(seq, heads=1, seed=seed))
     masked = masked_attention(q, k, v, bias(seq, [span] * 2, ramp))
-    assert_same([banded_attention(q, k, v, span, ramp)], [masked], 1e-9)
+    assert_same([banded_attention(q, k, v, SharedSpan.of(span, ramp), ramp)], [masked], 1e-9)
 
 
 @pytest.mark.parametrize("bias_heads", [1, 3])
@@ -111,7 +112,9 @@ def test_gradients_are_those_of_differences_for_the_bias_too(bias_heads):
 
 def test_gradients_of_a_band_are_those_of_differences():
     inputs = draw(80, replicas=1, batch=1, heads=1, head_dim=1)
-    assert torch.autograd.gradcheck(lambda *qkv: banded_attention(*qkv, 5.0, 3.0), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: banded_attention(*qkv, SharedSpan.of(5.0, 3.0), 3.0), inputs
+    )
 
 
 def test_the_fused_masked_path_equals_the_explicit_one(monkeypatch):
@@ -147,7 +150,7 @@ def test_attention_is_continuous_in_the_span(execution):
     def attend(span):
         if execution == "masked":
             return masked_attention(q, k, v, bias(24, [span], 3.0))
-        return banded_attention(q, k, v, span, 3.0)
+        return banded_attention(q, k, v, SharedSpan.of(span, 3.0), 3.0)
 
     def largest_change(step):
         outs = [attend(span) for span in torch.arange(1, 24, step, dtype=torch.float64).tolist()]
@@ -165,7 +168,7 @@ def test_no_gradient_reaches_the_future_or_beyond_the_span(span):
         if execution == "masked":
             out = masked_attention(q, k, v, bias(20, [span], 2.0))
         else:
-            out = banded_attention(q, k, v, span, 2.0)
+            out = banded_attention(q, k, v, SharedSpan.of(span, 2.0), 2.0)
         (grad,) = torch.autograd.grad(out[..., 12, :].sum(), v)
         reached = grad.abs().sum(dim=(0, 1, 2, 4)) > 0
         positions = torch.arange(20)
