@@ -1,4 +1,4 @@
-"""`torch.compile` of one model in sliced execution: the same numbers, and programs for few knobs."""
+"""`torch.compile` of one model in sliced execution: the same numbers, and few programs."""
 
 import json
 import subprocess
