@@ -7,7 +7,8 @@ static setting and under the policy. `told` arms know what no controller does: w
 learning rate or noise in the labels begins, how large it is and when it ends. From that control
 step on they bring the learning rate down as fast as the knob moves, by the factor of the
 disturbance (for noise to the knob's end), and up again afterwards. What they lose is what is left
-to the speed of the knob.
+to the speed of the knob; `told late` arms hear of it one control step later, as who looks at the
+run does.
 """
 
 import sys
@@ -66,14 +67,22 @@ class Told(BaseController):
         ends: And ends.
         factor: By which to lower the learning rate; infinity for as low as it goes.
         n_control_steps: Of a run.
+        delay: Control steps by which it hears of both too late.
     """
 
     def __init__(
-        self, inner: BaseController, begins: float, ends: float, factor: float, n_control_steps: int
+        self,
+        inner: BaseController,
+        begins: float,
+        ends: float,
+        factor: float,
+        n_control_steps: int,
+        delay: int = 0,
     ) -> None:
         self.inner, self.factor = inner, factor
-        self.first = int(begins * n_control_steps)  # control steps of which some part is disturbed
-        self.last = int(np.ceil(ends * n_control_steps)) - 1
+        # The control steps of which some part is disturbed.
+        self.first = int(begins * n_control_steps) + delay
+        self.last = int(np.ceil(ends * n_control_steps)) - 1 + delay
         self.n_control_steps = n_control_steps
 
     def begin(self, codec: Codec, n_runs: int) -> None:
@@ -113,17 +122,21 @@ def told_arms(
     seeds = [episode.run_seed for episode in paired_episodes(n_tasks, 0, arm.positions)]
     lot.draw(range(n_tasks), seeds, steps)
     rows = {name: tensor.tolist() for name, tensor in lot.rows.items()}
-    controllers = [
-        Told(
-            inner,
-            rows["disturbance_begins"][task] / steps,
-            rows["disturbance_ends"][task] / steps,
-            rows["disturbance_size"][task] if kind == "learning_rate" else float("inf"),
-            n_control_steps,
-        )
-        for task in range(n_tasks)
-    ]
-    return [replace(arm, name=f"{arm.name}, told", controllers=controllers)]
+    found = []
+    for delay, name in enumerate(("told", "told late")):
+        controllers = [
+            Told(
+                inner,
+                rows["disturbance_begins"][task] / steps,
+                rows["disturbance_ends"][task] / steps,
+                rows["disturbance_size"][task] if kind == "learning_rate" else float("inf"),
+                n_control_steps,
+                delay,
+            )
+            for task in range(n_tasks)
+        ]
+        found.append(replace(arm, name=f"{arm.name}, {name}", controllers=controllers))
+    return found
 
 
 def measured(

@@ -8,7 +8,7 @@ A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired`
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
 `disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME); or,
 with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json), and with `rival`,
-`places` (from docs/rival.json).
+`places` (from docs/rival.json), and with `disturbed`, `kinds` (from docs/disturbed.json).
 """
 
 import json
@@ -56,8 +56,11 @@ _PLACES = {
     "d64": "131 thousand parameters",
     "d128": "656 thousand parameters",
     "d64_480": "131 thousand parameters, twice as long",
+    "recall": "`recall`",
+    "waves": "`waves`",
+    "digits": "`digits`",
 }
-_OWN_FILES = ("headroom", "rival")
+_OWN_FILES = ("headroom", "rival", "disturbed")
 _ROOM = (
     "best static minus default",
     "per-task best minus best static",
@@ -236,7 +239,18 @@ def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _kinds(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """What each kind of disturbance costs: excess area by arm."""
+    arms = list(next(iter(found["kinds"].values())))
+    rows = [["excess area", *arms], ["---", *["---:"] * len(arms)]]
+    for kind, figures in found["kinds"].items():
+        areas = [f"{figures[a]['excess_loss_area']:.3f}" if a in figures else "" for a in arms]
+        rows.append([kind.replace("_", " "), *areas])
+    return rows
+
+
 _KINDS = {
+    "kinds": _kinds,
     "places": _places,
     "families": _families,
     "knobs": _knobs,
