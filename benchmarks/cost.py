@@ -96,8 +96,9 @@ def curves(options: Options) -> dict[str, dict[str, float]]:
 
 
 def draw(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
-    """A panel for each curve, both axes logarithmic."""
-    with panels(path, "", 1, len(found), figsize=(3.2 * len(found), 3.2)) as (axes,):
+    """A panel for each curve, all axes logarithmic; times on one scale."""
+    layout = {"figsize": (3.2 * len(found), 3.4), "sharey": True}
+    with panels(path, "", 1, len(found), **layout) as (axes,):
         for axis, (name, curve) in zip(axes, found.items(), strict=True):
             axis.loglog([float(x) for x in curve], list(curve.values()), "o-", color="tab:blue")
             axis.set_xlabel(TITLES[name])
