@@ -6,7 +6,7 @@
 - `span`: attention alone, forward and backward, at a span of 256 in a context of 2048, beside
   causal fused attention over all of it and beside dense masked attention.
 - `context`: time and memory of the banded attention as the context grows at a fixed span.
-- `model`: time = a FLOPs + b bytes + c launches, fitted to all steps but the one it predicts.
+- `model`: time = a FLOPs + b bytes + a constant c, fitted to all steps but the one it predicts.
 
 Sides take turns; medians, and ratios within each round.
 """
@@ -74,7 +74,7 @@ def training_step(width: float, span: float) -> Run:
 
 
 def features(width: float, span: float) -> list[float]:
-    """FLOPs of a step; bytes that its elementwise passes touch, about; launches."""
+    """FLOPs of a step; bytes that its elementwise passes touch, about; 1."""
     config = TransformerConfig(**SHAPE)  # type: ignore[arg-type]
     seq, d = SHAPE["context"], SHAPE["d_model"] * width
     heads, layers = SHAPE["n_heads"] * width, SHAPE["n_layers"]
