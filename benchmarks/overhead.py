@@ -10,6 +10,7 @@ optimizer step of the run alone, in units of its whole time; that leaves out the
 model's own passes. Knobs move and TensorBoard is written to.
 """
 
+import contextlib
 import json
 import statistics
 import tempfile
@@ -45,7 +46,9 @@ class Options:
     context: int = 128
 
 
-def training_run(options: Options, policy: Policy, side: str, folder: str) -> Callable[[], float]:
+def training_run(
+    options: Options, policy: Policy, side: str, board: SummaryWriter
+) -> Callable[[], float]:
     """A run that takes one optimizer step when called; seconds of the part that is controlled."""
     torch.manual_seed(0)
     model = Transformer(options.d_model, 4, options.n_layers, options.context)
@@ -66,7 +69,7 @@ def training_run(options: Options, policy: Policy, side: str, folder: str) -> Ca
         mode="off" if side == "plain" else "act",
         knobs=["dropout", "learning_rate_multiplier", "weight_decay"],
         example=batches[0, :1, :-1],
-        log=SummaryWriter(f"{folder}/{side}"),
+        log=board,
     )
 
     def step() -> float:
@@ -87,8 +90,11 @@ def main(options: Options) -> None:
     sides, policy = ["plain", "control", "probe"], Policy.load("default")
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     controlled: dict[str, list[float]] = {side: [] for side in sides}
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {side: training_run(options, policy, side, folder) for side in sides}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as boards:
+        runs = {}
+        for side in sides:
+            board = boards.enter_context(SummaryWriter(f"{folder}/{side}"))
+            runs[side] = training_run(options, policy, side, board)
         for round_index in range(options.rounds + 1):
             shift = round_index % len(sides)
             for side in sides[shift:] + sides[:shift]:

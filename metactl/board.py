@@ -9,6 +9,8 @@ import numpy as np
 from stable_baselines3.common.logger import KVWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from metactl.log import write_scalars
+
 
 class Board:
     """Scalars of one run.
@@ -24,8 +26,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        write_scalars(self._writer, values, step)
 
     def flush(self) -> None:
         self._writer.flush()

@@ -1,5 +1,6 @@
 """Reads training dynamics off a foreign optimizer, without waiting for the device at every step."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +17,12 @@ from metactl.run import Measurement
 logger = logging.getLogger(__name__)
 
 _SUMS = ("losses", "loss", "loss_squared", "norms", "norm")
+_CHUNK = 256  # numbers that are kept one by one
 _PATIENCE = 64  # losses without an optimizer step before something must be wrong
 
 
 class Meter:
-    """Sums losses and gradient norms on the device; one copy to the host per control step.
+    """Keeps losses and gradient norms on the device; one copy to the host per control step.
 
     Optimizer steps are counted by hooks on the optimizer, so that gradient accumulation and steps
     that a gradient scaler skips count as what they are.
@@ -30,21 +32,22 @@ class Meter:
 
     Attributes:
         steps: Optimizer steps taken since the start.
+        attentive: Whether the next optimizer step also measures the gradient's norm.
         armed: Whether the next optimizer step also measures the size of its update.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.steps, self.armed = 0, False
+        self.device = self._parameters()[0].device
+        self.steps, self.attentive, self.armed = 0, True, False
         self._since_step, self._warned = 0, False
         self._open = False  # between the hooks of a step; a subclass's may call its parent's
-        self._last: Tensor | None = None  # what the step just taken added to the norms
         self._before: list[Tensor] | None = None
-        self._ratios: Tensor | None = None  # median and maximum
         self._error: Exception | None = None  # of a hook, which must not stop the owner's step
-        first = self._parameters()[0]
-        self.device = first.device
-        self._sums = torch.zeros(len(_SUMS), dtype=_exact(first.device), device=first.device)
+        self._sums = [0.0] * len(_SUMS)  # of a state that was loaded
+        self._losses, self._norms = _Pending(self.device), _Pending(self.device)
+        self._last: int | None = None  # norms that were there before the step just taken
+        self._ratios: Tensor | None = None  # median and maximum
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -71,8 +74,7 @@ class Meter:
         Args:
             loss: One number, see `require_number`.
         """
-        value = self._number(loss)
-        self._sums[:3] += torch.stack((torch.ones_like(value), value, value * value))
+        self._losses.append(loss)
         self._since_step += 1
         if self._since_step > _PATIENCE and not self._warned:
             self._warned = True
@@ -88,7 +90,8 @@ class Meter:
         What is seen at the step is the gradient as clipped.
         """
         if self._last is not None:
-            self._sums[3:] += self._counted(norm) - self._last
+            self._norms.cut(self._last)
+            self._norms.append(norm)
             self._last = None
 
     def require_working(self) -> None:
@@ -96,29 +99,17 @@ class Meter:
         if self._error is not None:
             raise self._error
 
-    def _number(self, value: Tensor | float) -> Tensor:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(float(value))
-        return whole(tensor).to(self._sums).reshape(())
-
-    def _counted(self, norm: Tensor | float) -> Tensor:
-        """What a norm adds: a count and itself; nothing where a step was skipped for overflow."""
-        value = self._number(norm)
-        finite = torch.isfinite(value)
-        return torch.stack((finite.to(value), torch.where(finite, value, 0.0)))
-
     def read(self, known: Mapping[str, float | None]) -> Measurement:
         """What was seen since the last reading; forgets it.
 
         Args:
             known: Further fields of the measurement.
         """
-        seen = self._sums if self._ratios is None else torch.cat((self._sums, self._ratios))
-        losses, loss, squared, norms, norm, *ratios = seen.tolist()
-        self._sums.zero_()
+        (losses, loss, squared, norms, norm), ratios = self._seen()
+        self._forget()
         mean = loss / losses if losses else math.nan
         spread = math.sqrt(max(squared / losses - mean * mean, 0.0)) if losses > 1 else math.nan
         median, largest = ratios or (None, None)
-        self._ratios = None
         fields = {
             "train_loss_std": spread,
             "gradient_norm": norm / norms if norms else None,
@@ -137,18 +128,40 @@ class Meter:
         return sum(p.numel() for p in self._parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        ratios = None if self._ratios is None else to_json(self._ratios.tolist())
-        return {"steps": self.steps, "sums": to_json(self._sums.tolist()), "ratios": ratios}
+        sums, ratios = self._seen()
+        return {
+            "steps": self.steps,
+            "sums": to_json(sums),
+            "ratios": to_json(ratios) if ratios else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.steps = int(state["steps"])
         if len(state["sums"]) != len(_SUMS):
             raise ValueError(f"a meter has {len(_SUMS)} sums, got {len(state['sums'])}")
-        self._sums.copy_(self._numbers(state["sums"]))
-        self._ratios = None if state["ratios"] is None else self._numbers(state["ratios"])
+        self._forget()
+        self._sums = [float(value) for value in state["sums"]]
+        if state["ratios"] is not None:
+            ratios = torch.tensor([float(value) for value in state["ratios"]], dtype=torch.float64)
+            self._ratios = ratios.to(self.device, _exact(self.device))
 
-    def _numbers(self, values: list[Any]) -> Tensor:
-        return torch.tensor([float(v) for v in values], dtype=torch.float64).to(self._sums)
+    def _seen(self) -> tuple[list[float], list[float]]:
+        """The sums since the last reading, added in the order of steps, and the update ratios."""
+        parts = [self._losses.all(), self._norms.all()]
+        parts += [] if self._ratios is None else [self._ratios]
+        seen = iter(torch.cat([part.to(_exact(self.device)) for part in parts]).tolist())
+        losses, loss, squared, norms, norm = self._sums
+        for value in itertools.islice(seen, len(self._losses)):
+            losses, loss, squared = losses + 1, loss + value, squared + value * value
+        for value in itertools.islice(seen, len(self._norms)):
+            if math.isfinite(value):  # else the step was skipped, for overflow
+                norms, norm = norms + 1, norm + value
+        return [losses, loss, squared, norms, norm], list(seen)
+
+    def _forget(self) -> None:
+        self._sums = [0.0] * len(_SUMS)
+        self._losses, self._norms = _Pending(self.device), _Pending(self.device)
+        self._last, self._ratios = None, None
 
     def _parameters(self) -> list[Tensor]:
         groups = self.optimizer.param_groups
@@ -156,8 +169,8 @@ class Meter:
 
     def _before_step(self) -> None:
         if self._open and self._last is not None:  # a step within a step, or after one that raised
-            self._sums[3:] -= self._last
-        self._open, self._last, self._before = True, None, None
+            self._norms.cut(self._last)
+        self._open, self._last, self._before = True, len(self._norms), None
         self._kept_back(self._look_before)
 
     def _after_step(self) -> None:
@@ -178,10 +191,10 @@ class Meter:
             self._error = self._error or error
 
     def _look_before(self) -> None:
-        norm = self._gradient_norm()
+        norm = self._gradient_norm() if self.attentive else None
         # Without a gradient yet, a closure makes it after this hook: the caller may know its norm.
-        self._last = torch.zeros_like(self._sums[3:]) if norm is None else self._counted(norm)
-        self._sums[3:] += self._last
+        if norm is not None:
+            self._norms.append(norm)
         if self.armed:
             self._before = [p.detach().clone() for p in self._parameters()]
 
@@ -196,18 +209,55 @@ class Meter:
         # What had no part in the step, as an expert that was not asked, has no update. (Of parts of
         # a whole all processes must ask alike.)
         trained = [pair for pair in pairs if pair[0].grad is not None or _is_sharded(pair[0])]
-        ratios = [
-            self._size(now.detach() - before) / self._size(before)
-            for now, before in trained or pairs
-        ]
         self._before = None
-        stacked = torch.stack(ratios)
+        sizes = self._sizes([before for _, before in trained or pairs])
+        for now, before in trained or pairs:
+            before.sub_(now)
+        ratios = self._sizes([before for _, before in trained or pairs]) / sizes
         # A tensor that was 0 has no ratio; indexing by a mask would wait for the device.
-        known = torch.where(torch.isfinite(stacked), stacked, torch.nan)
+        known = torch.where(torch.isfinite(ratios), ratios, torch.nan)
         self._ratios = torch.stack((known.nanmedian(), known.nan_to_num(0.0).max()))
 
-    def _size(self, tensor: Tensor) -> Tensor:
-        return whole(torch.linalg.vector_norm(tensor)).to(self._sums)
+    def _sizes(self, tensors: list[Tensor]) -> Tensor:
+        norms: Iterable[Tensor]
+        if any(map(_is_sharded, tensors)):
+            norms = [whole(torch.linalg.vector_norm(tensor)) for tensor in tensors]
+        else:
+            norms = torch._foreach_norm(tensors)
+        return torch.stack([n.to(self.device) for n in norms]).to(_exact(self.device))
+
+
+class _Pending:
+    """Numbers that wait on the device, so that they can be copied to the host together."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stacked: list[Tensor] = []
+        self._single: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stacked)) + len(self._single)
+
+    def append(self, value: Tensor | float) -> None:
+        """Takes a copy: a compiled program may write its next loss into the same place."""
+        if len(self._single) >= _CHUNK:
+            self._stacked.append(torch.stack(self._single))
+            self._single = []
+        if isinstance(value, Tensor):
+            number = whole(value.detach().clone())
+        else:
+            number = torch.as_tensor(float(value))
+        self._single.append(number.to(self._device).reshape(()))
+
+    def cut(self, n: int) -> None:
+        """Forgets all but the first n; only what was appended since the last but one."""
+        del self._single[len(self._single) - (len(self) - n) :]
+
+    def all(self) -> Tensor:
+        """`[n]`."""
+        single = [torch.stack(self._single)] if self._single else []
+        everything = [*self._stacked, *single]
+        return torch.cat(everything) if everything else torch.zeros(0, device=self._device)
 
 
 def require_number(name: str, value: Any) -> None:
@@ -226,9 +276,9 @@ def require_number(name: str, value: Any) -> None:
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
     """The norm of all gradients that are there, but for sparse ones; of parts, of the whole."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    plain = [g for g in gradients if not _is_sharded(g)]
+    gradients = [g for p in parameters if (g := p.grad) is not None and not g.is_sparse]
     sharded = [g for g in gradients if _is_sharded(g)]
+    plain = [g for g in gradients if not _is_sharded(g)] if sharded else gradients
     norms = list(torch._foreach_norm(plain)) if plain else []
     if sharded:  # one exchange between the processes
         parts = torch.stack(list(torch._foreach_norm(sharded)))
@@ -236,7 +286,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
     if not norms:
         return None
     device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device, _exact(device)) for n in norms]))
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]).to(_exact(device)))
 
 
 def _exact(device: torch.device) -> torch.dtype:

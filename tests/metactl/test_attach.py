@@ -8,7 +8,9 @@ import logging
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 import metactl.adapters.base
 import metactl.attach
@@ -478,6 +480,63 @@ def test_a_gradient_norm_that_overflows_does_not_hide_the_others():
     run.optimizer.param_groups[0]["lr"] = 0.0
     run.optimizer.step()
     assert run.controller._run._meter.read({}).gradient_norm == pytest.approx([0.5], rel=1e-3)
+
+
+def test_a_long_control_step_measures_five_gradient_norms_and_all_losses():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    model, written = nn.Module(), torch.zeros(())
+    model.weight = weight
+    controller = Controller(Static(), n_control_steps=2)
+    value = [0.5]
+    knob = Knob(name="own", low=0.0, high=1.0, default=0.5)
+    own = FunctionKnob(knob, lambda: value[0], lambda new: value.__setitem__(0, new))
+    controller.attach(model, optimizer, total_steps=600, knobs=[own])
+    for step in range(300):
+        weight.grad = torch.tensor([0.0, float(step)])
+        optimizer.step()
+        controller.step(loss=written.fill_(float(step)))  # as a compiled program does it
+        if step == 280:
+            controller.state_dict()
+    history = controller._run._history
+    measured = [59, 119, 179, 239, 299]
+    assert history["gradient_norm"][0, -1] == pytest.approx(np.mean(measured))
+    assert history["train_loss"][0, -1] == pytest.approx(np.mean(range(300)), rel=1e-12)
+    assert history["train_loss_std"][0, -1] == pytest.approx(np.std(range(300)), rel=1e-9)
+
+
+def test_a_state_taken_before_the_norm_is_corrected_changes_nothing():
+    meters = []
+    for interrupted in (False, True):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        meter = Meter(torch.optim.SGD([weight], lr=0.1))
+        for norm in (7.0, 9.0):
+            weight.grad = torch.tensor([3.0, 4.0])
+            meter.optimizer.step()
+            if interrupted:
+                taken = meter.state_dict()
+            meter.note(0.1 * norm, norm)
+        meters.append(meter.state_dict())
+    assert meters[0] == meters[1]
+    assert meters[0]["sums"][3:] == [2, 16]
+    assert taken["sums"][3:] == [2, 12]
+    meter.load_state_dict(taken)
+    assert meter.state_dict() == taken
+
+
+def test_tensorboard_shows_what_a_function_is_given(tmp_path):
+    by_function = Loop(moving()).train(STEPS).logged
+    with SummaryWriter(str(tmp_path)) as writer:
+        Loop(moving(), log=writer).train(STEPS)
+    board = EventAccumulator(str(tmp_path)).Reload()
+    shown = {
+        (tag, event.step): event.value
+        for tag in board.Tags()["scalars"]
+        for event in board.Scalars(tag)
+    }
+    given = {(tag, step): value for tag, value, step in by_function}
+    assert shown == pytest.approx(given, rel=1e-6, nan_ok=True)
+    assert len(shown) > 20 * N
 
 
 def test_losses_without_optimizer_steps_warn_once(caplog):

@@ -35,7 +35,7 @@ def test_what_fails_in_measuring_never_stops_a_step(place, monkeypatch, caplog):
     if place == "before":
         monkeypatch.setattr(metactl.meter, "gradient_norm", broken)
     else:
-        monkeypatch.setattr(Meter, "_size", broken)
+        monkeypatch.setattr(Meter, "_sizes", broken)
     watched = Loop(moving(), mode="shadow").train(STEPS)
     assert watched.losses == alone.losses and same(watched.weights(), alone.weights())
     assert watched.controller.mode == "off"
