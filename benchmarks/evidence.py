@@ -96,6 +96,8 @@ def written(text: str) -> str:
 
 def _table(match: re.Match[str]) -> str:
     begin = match[0].partition("\n")[0]
+    if match["kind"] not in ("overview", *_KINDS):
+        sys.exit(f"{begin}: the kind of a table is one of overview, {', '.join(_KINDS)}")
     chosen = [name.strip() for name in match["arms"].split(";")] if match["arms"] else []
     if match["kind"] == "overview":
         rows = _overview(chosen)
@@ -106,6 +108,8 @@ def _table(match: re.Match[str]) -> str:
 
 def _read(name: str) -> dict[str, Any]:
     path = ROOT / "docs" / (f"{name}.json" if name in _OWN_FILES else f"evaluation_{name}.json")
+    if not path.is_file():
+        sys.exit(f"<!-- {name} ... -->: there is no {path}")
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return summary
 

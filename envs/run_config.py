@@ -102,8 +102,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.task not in FAMILIES:
             raise ValueError(unknown_name("task", self.task, tuple(FAMILIES)))
-        if not (self.data is None and self.other_data is None) and self.task != "text":
-            raise ValueError(f"data is for task 'text'; task {self.task!r} makes its own")
+        for name in ("data", "other_data"):
+            if getattr(self, name) is not None and self.task != "text":
+                raise ValueError(f"{name} is for task 'text'; task {self.task!r} makes its own")
         if self.budget not in BUDGETS:
             raise ValueError(unknown_name("budget", self.budget, BUDGETS))
         if self.budget == "flops" and self.disturb:

@@ -19,7 +19,7 @@ from metactl.homeostasis import Balance
 from metactl.log import TAGS
 from metactl.policy import Policy
 from metactl.progress import Progress
-from metactl.rollout import Trial, TrialResult, play
+from metactl.rollout import PlannedRun, PlayedRun, play
 from metactl.run import TrainingRun
 from metactl.shards import make_population
 
@@ -35,7 +35,7 @@ class Application:
         sample: Text that the first trained model wrote, if asked for.
     """
 
-    results: dict[str, list[TrialResult]]
+    results: dict[str, list[PlayedRun]]
     summary: dict[str, Any]
     unsaved: str = ""
     sample: str = ""
@@ -71,10 +71,10 @@ def apply_policy(
     default = loop.knobs.default_positions(1)[0]
     episodes = paired_episodes(n_runs, seed, default)
     arm = policy_arm(policy, default)
-    trials = [Trial(arm="policy", episode=e, controller=arm.controllers[0]) for e in episodes]
+    planned = [PlannedRun(arm="policy", episode=e, controller=arm.controllers[0]) for e in episodes]
     if compare:
         static = Static()
-        trials += [Trial(arm="default", episode=e, controller=static) for e in episodes]
+        planned += [PlannedRun(arm="default", episode=e, controller=static) for e in episodes]
     total = loop.config.n_control_steps
     begin = np.repeat(default[None], n_runs, axis=0)
     balance = Balance(policy.card.set_points, loop.codec, begin)
@@ -86,10 +86,10 @@ def apply_policy(
             if progress is not None:
                 progress(index + 1, total, _status(step, n_runs))
 
-        results = play(loop, trials, on_step)
+        results = play(loop, planned, on_step)
         unsaved = _save_models(loop.run, run_dir, n_runs)
         sample = _written(loop.run, results[0], sample_bytes) if sample_bytes else ""
-    by_arm: dict[str, list[TrialResult]] = {}
+    by_arm: dict[str, list[PlayedRun]] = {}
     for result in results:
         by_arm.setdefault(result.arm, []).append(result)
     return Application(results=by_arm, summary=summarise(by_arm), unsaved=unsaved, sample=sample)
@@ -113,7 +113,7 @@ def _status(step: Step, n_runs: int) -> str:
     return f"loss {step.measurement.train_loss[:n_runs].mean():.3f} {knobs}"
 
 
-def _written(run: TrainingRun, result: TrialResult, n_bytes: int) -> str:
+def _written(run: TrainingRun, result: PlayedRun, n_bytes: int) -> str:
     """What the first model writes, or in words why it does not; nothing a terminal obeys."""
     if result.diverged:
         return "(nothing: its run diverged)"

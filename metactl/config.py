@@ -111,7 +111,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("total_timesteps", "n_steps", "batch_size", "n_epochs", "paired_runs")
-        for name in (*counts, "learning_rate"):
+        for name in counts:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.batch_size < 2:
@@ -120,13 +120,13 @@ class PPOConfig:
             raise ValueError(f"hidden must be units of at least 1, got {list(self.hidden)}")
         if not 0 <= self.bound_cost < math.inf:
             raise ValueError(f"bound_cost must be at least 0, got {self.bound_cost}")
-        for name in ("learning_rate", "ent_coef", "log_std_init", "clip_range"):
+        for name in ("ent_coef", "log_std_init", "clip_range"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         for name in ("clip_range", "ent_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
+        for name in ("learning_rate", "gamma", "gae_lambda"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
 

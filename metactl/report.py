@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metactl.knobs import FloatArray
-from metactl.rollout import TrialResult
+from metactl.rollout import PlayedRun
 
 
 def plain_table(title: str, *columns: str, n_text: int = 1) -> Table:
@@ -196,13 +196,13 @@ def wide(values: Sequence[float] | FloatArray) -> bool:
     return min(values) > 0 and max(values) / min(values) > 20
 
 
-def draw_compared(path: Path, results: Mapping[str, Sequence[TrialResult]], title: str) -> None:
+def draw_compared(path: Path, results: Mapping[str, Sequence[PlayedRun]], title: str) -> None:
     """Draws a policy beside the default and the best static setting; see `draw_runs`."""
     draw_runs(path, {name: results[name] for name in ("default", "best static", "policy")}, title)
 
 
 def draw_runs(
-    path: Path, arms: Mapping[str, Sequence[TrialResult]], title: str, n_tasks: int = 3
+    path: Path, arms: Mapping[str, Sequence[PlayedRun]], title: str, n_tasks: int = 3
 ) -> None:
     """Draws probe losses and knob trajectories of a few tasks, one column each.
 
@@ -228,7 +228,7 @@ def draw_runs(
 
 
 def _draw_tasks(
-    axes: Any, arms: Mapping[str, Sequence[TrialResult]], chosen: list[int], knobs: list[str]
+    axes: Any, arms: Mapping[str, Sequence[PlayedRun]], chosen: list[int], knobs: list[str]
 ) -> None:
     names = list(arms)
     for column, task in enumerate(chosen):
@@ -257,7 +257,7 @@ def _draw_tasks(
 
 
 def _spread_by_gain(
-    baseline: Sequence[TrialResult], policy: Sequence[TrialResult], n_tasks: int
+    baseline: Sequence[PlayedRun], policy: Sequence[PlayedRun], n_tasks: int
 ) -> list[int]:
     """Tasks from the least to the greatest gain, so that the picture does not flatter."""
     pairs = zip(baseline, policy, strict=True)

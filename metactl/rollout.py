@@ -19,10 +19,10 @@ whose runs others took over, and those others."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class PlannedRun:
     """One training run to play.
 
-    Trials with the same task and run seed share data, initial weights, batches and noise.
+    Runs with the same task and run seed share data, initial weights, batches and noise.
 
     Args:
         arm: Name of what is compared.
@@ -36,13 +36,13 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialResult:
+class PlayedRun:
     """What a training run came to; losses in nats per token.
 
     A run that diverged counts as never trained: its losses are those before the first step.
 
     Args:
-        arm: Copied from the trial.
+        arm: Copied from the planned run.
         final_test: Test loss at the end.
         best_test: Test loss at the checkpoint with the best probe loss.
         final_probe: Probe loss at the end.
@@ -74,25 +74,25 @@ class TrialResult:
 
 def play(
     loop: ControlLoop,
-    trials: Sequence[Trial],
+    planned: Sequence[PlannedRun],
     on_step: Callable[[int, Step], None] | None = None,
     between: Between | None = None,
-) -> list[TrialResult]:
-    """Plays trials side by side in one population (spare rows repeat the last trial).
+) -> list[PlayedRun]:
+    """Plays runs side by side in one population (spare rows repeat the last run).
 
     Args:
-        loop: At most `loop.run.n_runs` trials fit.
-        trials: What to play.
+        loop: At most `loop.run.n_runs` runs fit.
+        planned: What to play.
         on_step: Called with the index of each control step and what it returned.
         between: Called after each control step, before the next observation; what it remembers, a
             copy of it does.
     """
-    n_rows, n_trials, between = loop.run.n_runs, len(trials), deepcopy(between)
-    if not 0 < n_trials <= n_rows:
-        raise ValueError(f"play needs 1 to {n_rows} trials, got {n_trials}")
-    episodes = [trial.episode for trial in trials]
-    episodes += [episodes[-1]] * (n_rows - n_trials)
-    groups = _by_controller(trials)
+    n_rows, n_planned, between = loop.run.n_runs, len(planned), deepcopy(between)
+    if not 0 < n_planned <= n_rows:
+        raise ValueError(f"play needs 1 to {n_rows} runs, got {n_planned}")
+    episodes = [run.episode for run in planned]
+    episodes += [episodes[-1]] * (n_rows - n_planned)
+    groups = _by_controller(planned)
     for controller, rows in groups:
         controller.begin(loop.codec, len(rows))
     observation = loop.reset(list(range(n_rows)), episodes)
@@ -128,8 +128,8 @@ def play(
     counts = [step.measurement.flops for step in steps]
     flops = np.stack([nobody if count is None else count for count in counts], axis=1)
     return [
-        TrialResult(
-            arm=trial.arm,
+        PlayedRun(
+            arm=run.arm,
             final_test=float(final_test[row]),
             best_test=float(best_test[row]),
             final_probe=float(probe_curve[row, 0 if lost[row] else -1]),
@@ -146,7 +146,7 @@ def play(
                 for name in loop.knobs.names
             },
         )
-        for row, trial in enumerate(trials)
+        for row, run in enumerate(planned)
     ]
 
 
@@ -155,11 +155,11 @@ def _befallen(step: Step, row: int) -> bool:
     return befallen is not None and bool(befallen[row])
 
 
-def _by_controller(trials: Sequence[Trial]) -> list[tuple[BaseController, list[int]]]:
+def _by_controller(planned: Sequence[PlannedRun]) -> list[tuple[BaseController, list[int]]]:
     """Rows of each distinct controller object; it acts for all of them at once."""
     groups: dict[int, tuple[BaseController, list[int]]] = {}
-    for row, trial in enumerate(trials):
-        groups.setdefault(id(trial.controller), (trial.controller, []))[1].append(row)
+    for row, run in enumerate(planned):
+        groups.setdefault(id(run.controller), (run.controller, []))[1].append(row)
     return list(groups.values())
 
 

@@ -17,7 +17,7 @@ from metactl.config import ConfigError
 from metactl.env import TrainingRunVectorEnv
 from metactl.knobs import KnobSet
 from metactl.reward import ImprovementReward
-from metactl.rollout import Between, Trial, TrialResult, play
+from metactl.rollout import Between, PlannedRun, PlayedRun, play
 from metactl.worker import Build, ProcessWorker, Worker
 
 _OWN_PACKAGES = ("envs", "models")
@@ -89,8 +89,10 @@ class Shard:
     def step(self, actions: np.ndarray) -> tuple[Any, ...]:
         return self.env.step(actions)
 
-    def play(self, trials: Sequence[Trial], between: Between | None = None) -> list[TrialResult]:
-        return play(self.env.loop, trials, between=between)
+    def play(
+        self, planned: Sequence[PlannedRun], between: Between | None = None
+    ) -> list[PlayedRun]:
+        return play(self.env.loop, planned, between=between)
 
     def state_dict(self) -> dict[str, Any]:
         return self.env.state_dict()
@@ -184,23 +186,23 @@ class ShardRow:
 
     def play(
         self,
-        trials: Sequence[Trial],
+        planned: Sequence[PlannedRun],
         on_done: Callable[[int], None] | None = None,
         between: Between | None = None,
-    ) -> list[TrialResult]:
-        """Plays trials, each a whole training run; results in the order of the trials.
+    ) -> list[PlayedRun]:
+        """Plays whole training runs; results in the order in which they are planned.
 
-        A trial goes to whichever shard is free, so all must be alike.
+        A planned run goes to whichever shard is free, so all must be alike.
 
         Args:
-            trials: Any number; split into populations and handed to whichever shard is free.
-            on_done: Called with the number of trials finished since the last call.
-            between: What happens to the trials of a population between its control steps.
+            planned: Any number; split into populations and handed to whichever shard is free.
+            on_done: Called with the number of runs finished since the last call.
+            between: What happens to the runs of a population between its control steps.
         """
         if self._unlike:
-            raise ValueError("Trials are paired where all runs are alike; these shards are not")
-        chunks = [trials[i : i + self.n_envs] for i in range(0, len(trials), self.n_envs)]
-        results: list[list[TrialResult]] = [[] for _ in chunks]
+            raise ValueError("Runs are paired where all runs are alike; these shards are not")
+        chunks = [planned[i : i + self.n_envs] for i in range(0, len(planned), self.n_envs)]
+        results: list[list[PlayedRun]] = [[] for _ in chunks]
         for index, answer in self.play_chunks(chunks, between):
             results[index] = answer
             if on_done is not None:
@@ -208,8 +210,8 @@ class ShardRow:
         return [result for chunk in results for result in chunk]
 
     def play_chunks(
-        self, chunks: Sequence[Sequence[Trial]], between: Between | None
-    ) -> Iterator[tuple[int, list[TrialResult]]]:
+        self, chunks: Sequence[Sequence[PlannedRun]], between: Between | None
+    ) -> Iterator[tuple[int, list[PlayedRun]]]:
         """Plays populations, each on one shard; place and results, as they come."""
         if self._local is not None:
             yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))

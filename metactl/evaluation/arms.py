@@ -25,7 +25,7 @@ from metactl.controllers import (
 from metactl.episodes import Episode
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
-from metactl.rollout import Trial, TrialResult
+from metactl.rollout import PlannedRun, PlayedRun
 from metactl.shards import ShardRow
 from metactl.signals import INTERNAL_NAMES, UNIVERSAL
 
@@ -33,7 +33,7 @@ SWAPPED_GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group != "p
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
 _YOKED = 0x70C3  # turns a run's seed into another's
 
-Results = dict[str, list[TrialResult]]
+Results = dict[str, list[PlayedRun]]
 """By arm: one result per task, in the order of the tasks."""
 
 
@@ -87,7 +87,7 @@ def play_arms(
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{name!r} is there {names.count(name)} times; once is enough")
-    trials = []
+    planned = []
     for arm in arms:
         controllers = [deepcopy(controller) for controller in arm.controllers]
         controllers *= n_tasks if len(controllers) == 1 else 1
@@ -96,9 +96,9 @@ def play_arms(
             chosen = _with_other_seed(episode) if arm.other_seed else episode
             if arm.available is not None:
                 chosen = replace(chosen, available=arm.available)
-            trials.append(Trial(arm=arm.name, episode=chosen, controller=controller))
+            planned.append(PlannedRun(arm=arm.name, episode=chosen, controller=controller))
     played: Results = {arm.name: [] for arm in arms}
-    for result in shards.play(trials, on_done):
+    for result in shards.play(planned, on_done):
         played[result.arm].append(result)
     return played
 
@@ -217,13 +217,13 @@ def other_seed_arm(policy: Policy, positions: FloatArray) -> Arm:
     )
 
 
-def replay_arm(of_policy: Sequence[TrialResult], positions: FloatArray) -> Arm:
+def replay_arm(of_policy: Sequence[PlayedRun], positions: FloatArray) -> Arm:
     """The policy's own mean trajectory, whatever the run does."""
     mean_trajectory = np.mean([result.positions for result in of_policy], axis=0)
     return Arm(name="replay", positions=positions, controllers=(Replay(mean_trajectory),))
 
 
-def yoked_arm(of_other_seeds: Sequence[TrialResult], positions: FloatArray) -> Arm:
+def yoked_arm(of_other_seeds: Sequence[PlayedRun], positions: FloatArray) -> Arm:
     """In each task the moves that the policy made there with another seed."""
     replays = [Replay(result.positions) for result in of_other_seeds]
     return Arm(name="yoked", positions=positions, controllers=replays)
@@ -231,7 +231,7 @@ def yoked_arm(of_other_seeds: Sequence[TrialResult], positions: FloatArray) -> A
 
 def swapped_arms(
     policy: Policy,
-    of_policy: Sequence[TrialResult],
+    of_policy: Sequence[PlayedRun],
     positions: FloatArray,
     names: Sequence[str],
     *,

@@ -7,7 +7,7 @@ import numpy as np
 from metactl.evaluation.arms import Results
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray
-from metactl.rollout import TrialResult
+from metactl.rollout import PlayedRun
 
 _CONTEXT = "signal/data_pressure"
 _MOST_CLASSES = 4
@@ -38,7 +38,7 @@ class TunedBeforehand:
             for each in range(n_classes)
         ]
 
-    def _told(self, runs: Sequence[TrialResult]) -> FloatArray:
+    def _told(self, runs: Sequence[PlayedRun]) -> FloatArray:
         """The data pressure, which no observation has before the first step is measured."""
         return np.array([run.observations[1, self._entry] for run in runs], dtype=np.float64)
 

@@ -9,7 +9,7 @@ from metactl.evaluation.arms import Results
 from metactl.evaluation.summary import drive_of, finite_mean, summarise
 from metactl.homeostasis import SetPoints, settling_steps
 from metactl.knobs import FloatArray
-from metactl.rollout import TrialResult
+from metactl.rollout import PlayedRun
 
 
 def disturbed_summary(
@@ -43,12 +43,12 @@ def disturbed_summary(
     return summary
 
 
-def _onset(run: TrialResult) -> int | None:
+def _onset(run: PlayedRun) -> int | None:
     """Index of the control step in which the disturbance began."""
     return int(run.disturbed.argmax()) if run.disturbed.any() else None
 
 
-def _excess(run: TrialResult, twin: TrialResult) -> float:
+def _excess(run: PlayedRun, twin: PlayedRun) -> float:
     """Area between the probe losses of a run and its twin since the onset, in nats x progress."""
     onset = _onset(run)
     if onset is None:
@@ -57,6 +57,6 @@ def _excess(run: TrialResult, twin: TrialResult) -> float:
     return float((ours - theirs).sum() / len(run.train_loss))
 
 
-def _known(run: TrialResult) -> FloatArray:
+def _known(run: PlayedRun) -> FloatArray:
     """Probe losses; a run that diverged counts as never trained."""
     return np.where(np.isfinite(run.probe_loss), run.probe_loss, run.probe_loss[0])

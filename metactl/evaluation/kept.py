@@ -21,7 +21,7 @@ import numpy as np
 
 from metactl.config import ConfigError
 from metactl.files import read_bytes, write_atomically
-from metactl.rollout import Between, Trial, TrialResult
+from metactl.rollout import Between, PlannedRun, PlayedRun
 from metactl.shards import ShardRow
 
 _LIBRARY = Path(__file__).parent.parent
@@ -52,8 +52,8 @@ class KeepingRow(ShardRow):
         self._stem = about.encode()
 
     def play_chunks(
-        self, chunks: Sequence[Sequence[Trial]], between: Between | None
-    ) -> Iterator[tuple[int, list[TrialResult]]]:
+        self, chunks: Sequence[Sequence[PlannedRun]], between: Between | None
+    ) -> Iterator[tuple[int, list[PlayedRun]]]:
         """Raises `ConfigError` if what was kept does not come out again."""
         paths = [self._path(chunk, between) for chunk in chunks]
         kept = {i: found for i, path in enumerate(paths) if (found := _read(path)) is not None}
@@ -67,15 +67,15 @@ class KeepingRow(ShardRow):
             _keep(paths[left[place]], packed)
             yield left[place], _unpacked(packed)  # in memory too as it is read again
 
-    def _path(self, chunk: Sequence[Trial], between: Between | None) -> Path:
+    def _path(self, chunk: Sequence[PlannedRun], between: Between | None) -> Path:
         determined = self._stem + pickle.dumps((list(chunk), between))
         return self._folder / f"{hashlib.sha256(determined).hexdigest()[:32]}.played"
 
     def _require_repeatable(
         self,
         paths: Sequence[Path],
-        chunks: Sequence[Sequence[Trial]],
-        kept: Mapping[int, list[TrialResult]],
+        chunks: Sequence[Sequence[PlannedRun]],
+        kept: Mapping[int, list[PlayedRun]],
         between: Between | None,
     ) -> None:
         first = min(kept)
@@ -96,9 +96,9 @@ def _source() -> str:
     return found.hexdigest()
 
 
-def _packed(results: Sequence[TrialResult]) -> bytes:
+def _packed(results: Sequence[PlayedRun]) -> bytes:
     columns: dict[str, np.ndarray] = {}
-    for entry in fields(TrialResult):
+    for entry in fields(PlayedRun):
         if entry.name != "values":
             columns[entry.name] = np.stack([getattr(result, entry.name) for result in results])
     for knob in results[0].values:
@@ -112,7 +112,7 @@ def _keep(path: Path, packed: bytes) -> None:
     write_atomically(path, hashlib.sha256(packed).digest() + packed)
 
 
-def _read(path: Path) -> list[TrialResult] | None:
+def _read(path: Path) -> list[PlayedRun] | None:
     """The results of a file, unless it is missing or damaged."""
     try:
         held = read_bytes(path, _LARGEST)
@@ -122,13 +122,13 @@ def _read(path: Path) -> list[TrialResult] | None:
         return None
 
 
-def _unpacked(packed: bytes) -> list[TrialResult]:
+def _unpacked(packed: bytes) -> list[PlayedRun]:
     with np.load(io.BytesIO(packed), allow_pickle=False) as file:
         columns = {name: file[name] for name in file.files}
     knobs = [name for name in columns if name.startswith(_VALUES)]
     values = {name.removeprefix(_VALUES): columns.pop(name) for name in knobs}
     return [
-        TrialResult(
+        PlayedRun(
             **{name: _plain(column[i]) for name, column in columns.items()},
             values={name: column[i] for name, column in values.items()},
         )

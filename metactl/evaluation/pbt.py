@@ -16,7 +16,7 @@ from metactl.episodes import Episode
 from metactl.evaluation.arms import paired_episodes
 from metactl.evaluation.bandit import Stretch
 from metactl.knobs import FloatArray
-from metactl.rollout import Trial, TrialResult
+from metactl.rollout import PlannedRun, PlayedRun
 from metactl.shards import ShardRow
 
 _ARM = "PBT"
@@ -130,7 +130,7 @@ def play_pbt(
     default: FloatArray,
     on_done: Callable[[int], None] | None = None,
     explore: Explore = perturbed,
-) -> list[TrialResult]:
+) -> list[PlayedRun]:
     """The best member, by its final probe loss, of one population per task.
 
     Args:
@@ -150,13 +150,13 @@ def play_pbt(
         ValueError: If a shard's runs are no whole number of populations.
     """
     check_populations(shards.n_envs, n_members)
-    trials = [
-        Trial(arm=_ARM, episode=member, controller=Static())
+    planned = [
+        PlannedRun(arm=_ARM, episode=member, controller=Static())
         for episode in paired_episodes(n_tasks, seed, default)
         for member in _members(episode, n_members)
     ]
     takeovers = Takeovers(n_members=n_members, seed=seed, explore=explore)
-    played = shards.play(trials, on_done, takeovers)
+    played = shards.play(planned, on_done, takeovers)
     best = []
     for first in range(0, len(played), n_members):
         members = played[first : first + n_members]

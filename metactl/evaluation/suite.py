@@ -50,7 +50,7 @@ from metactl.evaluation.summary import (
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
-from metactl.rollout import TrialResult
+from metactl.rollout import PlayedRun
 from metactl.worker import ShardError
 
 _TUNING = 0x7A5C  # added to the seed: other tasks and runs, whatever the split
@@ -295,5 +295,5 @@ def _select_static(
     }
 
 
-def _best(runs: Sequence[TrialResult]) -> TrialResult:
+def _best(runs: Sequence[PlayedRun]) -> PlayedRun:
     return min(runs, key=lambda run: run.final_probe)

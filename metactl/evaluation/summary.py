@@ -10,7 +10,7 @@ import numpy as np
 from metactl.evaluation.arms import Results
 from metactl.homeostasis import SetPoints, control_effort, homeostasis_index
 from metactl.knobs import FloatArray
-from metactl.rollout import TrialResult
+from metactl.rollout import PlayedRun
 from metactl.signals import INTERNAL_NAMES
 from metactl.statistics import (
     Interval,
@@ -55,13 +55,13 @@ def summarise(
     return summary
 
 
-def column(runs: Sequence[TrialResult], name: str) -> FloatArray:
+def column(runs: Sequence[PlayedRun], name: str) -> FloatArray:
     """One number of every run."""
     return np.array([getattr(run, name) for run in runs], dtype=np.float64)
 
 
 def _figures(
-    runs: Sequence[TrialResult], set_points: SetPoints | None, names: Sequence[str]
+    runs: Sequence[PlayedRun], set_points: SetPoints | None, names: Sequence[str]
 ) -> dict[str, Any]:
     figures = {
         "final_test": float(column(runs, "final_test").mean()),
@@ -83,7 +83,7 @@ def _figures(
     return figures
 
 
-def final_knobs(runs: Sequence[TrialResult]) -> dict[str, dict[str, float]]:
+def final_knobs(runs: Sequence[PlayedRun]) -> dict[str, dict[str, float]]:
     """Where each knob ends: median, 10th and 90th percentile, and the share of runs at a bound."""
     ends = np.stack([run.positions[-1] for run in runs])
     found = {}
@@ -97,16 +97,14 @@ def final_knobs(runs: Sequence[TrialResult]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _mean_signal(runs: Sequence[TrialResult], names: Sequence[str], name: str) -> float | None:
+def _mean_signal(runs: Sequence[PlayedRun], names: Sequence[str], name: str) -> float | None:
     """Over all runs and control steps in which it was measured."""
     value, flag = (list(names).index(f"{part}/{name}") for part in ("signal", "has"))
     seen = np.concatenate([run.observations[1:] for run in runs])
     return finite_mean(seen[seen[:, flag] > 0, value])
 
 
-def drive_of(
-    runs: Sequence[TrialResult], set_points: SetPoints, names: Sequence[str]
-) -> FloatArray:
+def drive_of(runs: Sequence[PlayedRun], set_points: SetPoints, names: Sequence[str]) -> FloatArray:
     """Drive after each control step, `[n_runs, n_control_steps]`; infinite once a run diverged."""
     drive = set_points.drive(np.stack([run.observations[1:] for run in runs]), names)
     finite = np.stack([np.isfinite(run.probe_loss[1:]) for run in runs])
@@ -119,7 +117,7 @@ def finite_mean(values: FloatArray) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-def _differences(policy: Sequence[TrialResult], other: Sequence[TrialResult]) -> dict[str, Any]:
+def _differences(policy: Sequence[PlayedRun], other: Sequence[PlayedRun]) -> dict[str, Any]:
     ours, theirs = column(policy, "final_test"), column(other, "final_test")
     best_ours, best_theirs = column(policy, "best_test"), column(other, "best_test")
     return {
@@ -169,7 +167,7 @@ def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def cost_to_reach(
-    policy: Sequence[TrialResult], other: Sequence[TrialResult]
+    policy: Sequence[PlayedRun], other: Sequence[PlayedRun]
 ) -> dict[str, float | None]:
     """What the policy needs to reach the other arm's final probe loss.
 
@@ -210,7 +208,7 @@ def break_even(summary: dict[str, Any], n_training_runs: int) -> dict[str, float
     return {arm: n_training_runs / share if share > 0 else None for arm, share in saved.items()}
 
 
-def moves_explained_by_progress(runs: Sequence[TrialResult]) -> FloatArray:
+def moves_explained_by_progress(runs: Sequence[PlayedRun]) -> FloatArray:
     """R^2 of each knob's moves on the control step alone: 1 for a schedule; 0 where none moves."""
     moves = np.diff(np.stack([run.positions for run in runs]), axis=1)
     total = moves.var(axis=(0, 1))

@@ -109,6 +109,7 @@ def test_an_unknown_key_that_resembles_none_lists_the_known():
         ("ppo.learning_rate", 0.0),
         ("ppo.learning_rate", float("nan")),
         ("ppo.learning_rate", float("inf")),
+        ("ppo.learning_rate", 1e300),
         ("ppo.clip_range", float("nan")),
         ("ppo.clip_range", -0.1),
         ("ppo.log_std_init", float("inf")),

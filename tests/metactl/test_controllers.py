@@ -25,7 +25,7 @@ from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
 from metactl.homeostasis import SetPoints
 from metactl.policy import PolicyCard
-from metactl.rollout import Trial, play
+from metactl.rollout import PlannedRun, play
 from metactl.signals import Codec
 
 N = 10
@@ -70,7 +70,7 @@ def played(controllers, n_rows=None, config=None):
         ToyPlant(n_rows or len(controllers)), config or ControlConfig(n_control_steps=N)
     )
     trials = [
-        Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=controller)
+        PlannedRun(arm=str(i), episode=loop.draw_episode(i, 0), controller=controller)
         for i, controller in enumerate(controllers)
     ]
     return play(loop, trials)

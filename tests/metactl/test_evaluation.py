@@ -47,7 +47,7 @@ from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs
-from metactl.rollout import Trial, play
+from metactl.rollout import PlannedRun, play
 from metactl.shards import ShardRow
 from metactl.statistics import interquartile_mean, worst_decile
 
@@ -387,7 +387,11 @@ def test_what_happens_between_control_steps_is_observed_by_the_next():
         loop.positions[:, 0] = index / 10
         return [], []
 
-    play(loop, [Trial(arm="a", episode=loop.draw_episode(0, 0), controller=Watch())], between=push)
+    play(
+        loop,
+        [PlannedRun(arm="a", episode=loop.draw_episode(0, 0), controller=Watch())],
+        between=push,
+    )
     assert seen[1:] == pytest.approx([i / 10 for i in range(N - 1)], abs=1e-6)
 
 

@@ -16,7 +16,7 @@ from metactl.config import ConfigError
 from metactl.controllers import Replay
 from metactl.evaluation.arms import Arm, paired_episodes, play_arms, static_arm
 from metactl.evaluation.kept import KeepingRow, _keep, _packed, _read
-from metactl.rollout import Trial
+from metactl.rollout import PlannedRun
 
 N = 8
 DEFAULT = np.array([0.5, 0.5])
@@ -50,7 +50,7 @@ def arms():
 
 def trials(n=8):
     episodes, controller = paired_episodes(n, 0, DEFAULT), ramp()
-    return [Trial(arm="ramp", episode=episode, controller=controller) for episode in episodes]
+    return [PlannedRun(arm="ramp", episode=episode, controller=controller) for episode in episodes]
 
 
 def same(left, right):

@@ -14,7 +14,7 @@ from metactl.episodes import ControlConfig
 from metactl.evaluation import play_arms, static_arm
 from metactl.evaluation.bandit import Stretch, promising
 from metactl.evaluation.pbt import Takeovers, perturbed, play_pbt
-from metactl.rollout import Trial, play
+from metactl.rollout import PlannedRun, play
 from metactl.shards import ShardRow
 
 
@@ -117,8 +117,8 @@ def test_who_takes_over_from_another_has_its_best_checkpoint_and_has_not_diverge
         return [0], [1]
 
     trials = [
-        Trial(arm="calm", episode=episode, controller=Static()),
-        Trial(arm="hot", episode=episode, controller=Up()),
+        PlannedRun(arm="calm", episode=episode, controller=Static()),
+        PlannedRun(arm="hot", episode=episode, controller=Up()),
     ]
     calm, hot = play(loop, trials)
     assert hot.diverged and hot.final_test > calm.final_test

@@ -13,7 +13,7 @@ from metactl.cluster import cluster
 from metactl.config import ConfigError, TrainConfig, parse
 from metactl.controllers import Static
 from metactl.ray_worker import RayWorker
-from metactl.rollout import Trial
+from metactl.rollout import PlannedRun
 from metactl.shards import ShardRow
 from metactl.train import train
 from metactl.vec_env import ShardVecEnv
@@ -69,7 +69,7 @@ def test_trials_come_back_in_their_order_from_actors(ray):
     with ShardRow(ID, 2, OPTIONS, 0) as local:
         loop = local._local.env.loop
         trials = [
-            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            PlannedRun(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
             for i in range(5)
         ]
         expected = local.play(trials)

@@ -5,7 +5,7 @@ from toy_plant import Overfitting, ToyPlant
 from metactl.controllers import BaseController, RandomMoves, Static
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
-from metactl.rollout import BestCheckpoint, Trial, play
+from metactl.rollout import BestCheckpoint, PlannedRun, play
 
 N = 10
 
@@ -21,14 +21,17 @@ def loop_of(plant, **control):
     return ControlLoop(plant, ControlConfig(n_control_steps=N, **control))
 
 
-def trial(loop, seed, controller=None, arm="arm"):
-    return Trial(arm=arm, episode=loop.draw_episode(seed, 0), controller=controller or Static())
+def planned(loop, seed, controller=None, arm="arm"):
+    return PlannedRun(
+        arm=arm, episode=loop.draw_episode(seed, 0), controller=controller or Static()
+    )
 
 
 def test_trials_of_one_episode_are_paired():
     loop = loop_of(ToyPlant(3))
     results = play(
-        loop, [trial(loop, 1, arm="a"), trial(loop, 1, RandomMoves(0), arm="b"), trial(loop, 2)]
+        loop,
+        [planned(loop, 1, arm="a"), planned(loop, 1, RandomMoves(0), arm="b"), planned(loop, 2)],
     )
     assert [result.arm for result in results] == ["a", "b", "arm"]
     assert results[0].probe_loss[0] == results[1].probe_loss[0] != results[2].probe_loss[0]
@@ -39,10 +42,10 @@ def test_trials_of_one_episode_are_paired():
 
 
 def test_a_result_does_not_depend_on_spare_rows_or_neighbours():
-    alone = play(loop := loop_of(ToyPlant(1)), [trial(loop, 1)])[0]
-    spared = play(loop := loop_of(ToyPlant(5)), [trial(loop, 1)])
+    alone = play(loop := loop_of(ToyPlant(1)), [planned(loop, 1)])[0]
+    spared = play(loop := loop_of(ToyPlant(5)), [planned(loop, 1)])
     assert len(spared) == 1
-    amid = play(loop, [trial(loop, 2, Push()), trial(loop, 1), trial(loop, 3)])[1]
+    amid = play(loop, [planned(loop, 2, Push()), planned(loop, 1), planned(loop, 3)])[1]
     for other in (spared[0], amid):
         np.testing.assert_array_equal(other.probe_loss, alone.probe_loss)
         np.testing.assert_array_equal(other.train_loss, alone.train_loss)
@@ -51,7 +54,7 @@ def test_a_result_does_not_depend_on_spare_rows_or_neighbours():
 
 def test_the_best_test_is_the_test_loss_where_the_probe_was_best():
     loop = loop_of(Overfitting(2))
-    for result in play(loop, [trial(loop, 1), trial(loop, 2)]):
+    for result in play(loop, [planned(loop, 1), planned(loop, 2)]):
         assert result.best_probe == pytest.approx(2.0)
         assert result.best_test == pytest.approx(3.6)
         assert result.final_probe == pytest.approx(2.16)
@@ -64,13 +67,13 @@ def test_a_run_that_never_improves_is_best_before_it_was_trained():
             return 2 + self.state["step"] / self.horizon + (split == "test")
 
     loop = loop_of(Worsening(1))
-    result = play(loop, [trial(loop, 1)])[0]
+    result = play(loop, [planned(loop, 1)])[0]
     assert (result.best_probe, result.best_test, result.final_test) == (2, 3, 4)
 
 
 def test_the_best_of_the_best_and_the_final_is_the_final_while_the_probe_falls():
     loop = loop_of(ToyPlant(1))
-    result = play(loop, [trial(loop, 1)])[0]
+    result = play(loop, [planned(loop, 1)])[0]
     assert (np.diff(result.probe_loss) < 0).all()
     assert result.best_test == result.final_test == pytest.approx(result.final_probe + 0.25)
 
@@ -80,7 +83,7 @@ def diverged():
     plant = ToyPlant(2, diverge_above=0.9)
     loop = loop_of(plant)
     untrained = loop.run.sample_task(loop.draw_episode(1, 0).task_seed) + 1
-    return untrained, play(loop, [trial(loop, 1, Push()), trial(loop, 1)])
+    return untrained, play(loop, [planned(loop, 1, Push()), planned(loop, 1)])
 
 
 def test_a_run_that_diverged_counts_as_untrained_at_its_end(diverged):
@@ -93,7 +96,7 @@ def test_a_run_that_diverged_counts_as_untrained_at_its_end(diverged):
 
 def test_a_run_that_diverges_at_once_has_its_untrained_model_as_its_best():
     loop = loop_of(ToyPlant(1, diverge_above=0.1))
-    result = play(loop, [trial(loop, 1)])[0]
+    result = play(loop, [planned(loop, 1)])[0]
     untrained = loop.run.sample_task(loop.draw_episode(1, 0).task_seed) + 1
     assert result.best_probe == pytest.approx(untrained)
     assert result.best_test == pytest.approx(untrained + 0.25)
@@ -102,7 +105,7 @@ def test_a_run_that_diverges_at_once_has_its_untrained_model_as_its_best():
 def test_a_run_that_diverged_counts_as_untrained_at_its_best_too():
     plant = ToyPlant(1, diverge_above=0.9, horizon=40)
     loop = ControlLoop(plant, ControlConfig(n_control_steps=40))
-    result = play(loop, [trial(loop, 1, Push())])[0]
+    result = play(loop, [planned(loop, 1, Push())])[0]
     untrained = loop.run.sample_task(loop.draw_episode(1, 0).task_seed) + 1
     assert np.isfinite(result.probe_loss[1])  # it trained before it diverged
     assert result.best_probe == pytest.approx(untrained)
@@ -138,7 +141,9 @@ def test_the_best_checkpoint_is_kept_for_each_run_alone():
 def test_a_result_holds_the_whole_course_of_its_run():
     loop = loop_of(ToyPlant(1), random_start=1.0)
     seen = []
-    result = play(loop, [trial(loop, 1, Push())], on_step=lambda i, step: seen.append((i, step)))[0]
+    result = play(loop, [planned(loop, 1, Push())], on_step=lambda i, step: seen.append((i, step)))[
+        0
+    ]
     assert [index for index, _ in seen] == list(range(N))
     assert result.positions.shape == (N + 1, 2)
     assert result.positions[0].tolist() == loop.draw_episode(1, 0).positions.tolist()
@@ -152,12 +157,12 @@ def test_a_result_holds_the_whole_course_of_its_run():
 
 def test_a_run_without_probes_is_judged_by_its_training_loss():
     loop = loop_of(ToyPlant(1, probes=False))
-    result = play(loop, [trial(loop, 1)])[0]
+    result = play(loop, [planned(loop, 1)])[0]
     np.testing.assert_array_equal(result.probe_loss[1:], result.train_loss)
 
 
 @pytest.mark.parametrize("n_trials", [0, 3])
 def test_more_trials_than_rows_or_none_are_refused(n_trials):
     loop = loop_of(ToyPlant(2))
-    with pytest.raises(ValueError, match=f"play needs 1 to 2 trials, got {n_trials}"):
-        play(loop, [trial(loop, 1)] * n_trials)
+    with pytest.raises(ValueError, match=f"play needs 1 to 2 runs, got {n_trials}"):
+        play(loop, [planned(loop, 1)] * n_trials)

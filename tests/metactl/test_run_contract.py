@@ -6,7 +6,7 @@ from metactl import Measurement, SingleRuns
 from metactl.controllers import Static
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
-from metactl.rollout import Trial, play
+from metactl.rollout import PlannedRun, play
 from metactl.run import join_measurements
 
 SEEDS, TASKS = [5, 6, 7], [2.0, 3.0, 4.0]
@@ -77,7 +77,7 @@ def test_whole_runs_can_be_played_on_single_runs():
     for run in (ToyPlant(2), singles(2)):
         loop = ControlLoop(run, config)
         trials = [
-            Trial(arm="static", episode=loop.draw_episode(seed, 0), controller=Static())
+            PlannedRun(arm="static", episode=loop.draw_episode(seed, 0), controller=Static())
             for seed in (0, 1)
         ]
         results.append([result.best_test for result in play(loop, trials)])

@@ -11,7 +11,7 @@ from toy_plant import TOY
 
 from metactl.controllers import RandomMoves, Static
 from metactl.errors import WorkerDied
-from metactl.rollout import Trial
+from metactl.rollout import PlannedRun
 from metactl.shards import ShardRow, make_population
 from metactl.vec_env import ShardVecEnv
 
@@ -66,7 +66,9 @@ def test_trials_come_back_in_their_order_from_several_workers(workers):
     finished = []
     with ShardRow(ID, 2, OPTIONS, n_workers=0) as local:
         episodes = [local._local.env.loop.draw_episode(seed, 0) for seed in range(7)]
-        trials = [Trial(arm=str(i), episode=e, controller=Static()) for i, e in enumerate(episodes)]
+        trials = [
+            PlannedRun(arm=str(i), episode=e, controller=Static()) for i, e in enumerate(episodes)
+        ]
         expected = local.play(trials)
     results = workers.play(trials, on_done=finished.append)
     assert [result.arm for result in results] == [str(i) for i in range(7)]
@@ -82,7 +84,7 @@ def test_a_controller_shared_by_trials_does_the_same_wherever_its_runs_are(worke
         episode = local._local.env.loop.draw_episode(1, 0)
         for row in (local, workers):
             shared = RandomMoves(1)
-            trials = [Trial(arm="random", episode=episode, controller=shared)] * 4
+            trials = [PlannedRun(arm="random", episode=episode, controller=shared)] * 4
             results.append(np.stack([result.positions for result in row.play(trials)]))
     np.testing.assert_allclose(results[0], results[1], **CLOSE)
 
@@ -153,7 +155,7 @@ def test_trials_that_a_dying_worker_had_are_played_again(workers):
     with ShardRow(ID, 2, OPTIONS, n_workers=0) as local:
         loop = local._local.env.loop
         trials = [
-            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            PlannedRun(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
             for i in range(6)
         ]
         expected = local.play(trials)
@@ -183,7 +185,7 @@ def test_trials_of_one_shard_in_this_process_come_back_in_order():
     with ShardRow(TOY, 3, {"n_control_steps": 4}, n_workers=0) as row:
         loop = row._local.env.loop
         trials = [
-            Trial(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
+            PlannedRun(arm=str(i), episode=loop.draw_episode(i, 0), controller=Static())
             for i in range(8)
         ]
         results = row.play(trials, on_done=finished.append)

@@ -17,7 +17,7 @@ from metactl.board import Board
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
 from metactl.config import ConfigError, parse
 from metactl.controllers import Learned, Static
-from metactl.rollout import Trial
+from metactl.rollout import PlannedRun
 from metactl.rundir import RunDirectoryError
 from metactl.shards import ShardRow, make_population
 from metactl.train import TrainConfig, build_ppo, build_shards, train
@@ -368,7 +368,7 @@ def test_training_finds_a_policy_that_beats_knobs_at_rest_on_paired_runs(tmp_pat
         final = [
             [
                 r.final_probe
-                for r in row.play([Trial(arm="", episode=e, controller=c) for e in episodes])
+                for r in row.play([PlannedRun(arm="", episode=e, controller=c) for e in episodes])
             ]
             for c in (Learned(policy), Static())
         ]
