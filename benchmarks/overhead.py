@@ -3,7 +3,7 @@
     python -m benchmarks.overhead --json FILE
 
 Three runs of one transformer from the same weights, under the policy that ships, take turns, one
-control step each, in changing order; medians over the rounds of two figures. `ratio`: the whole
+control step each, in random order; medians over the rounds of two figures. `ratio`: the whole
 run's time to that of the run alone, which says what a user sees, to within the machine's noise.
 `share`: only optimizer step, hooks and controller are timed, and what they take more than the
 optimizer step of the run alone, in units of its whole time; that leaves out the noise of the
@@ -12,6 +12,7 @@ model's own passes. Knobs move and TensorBoard is written to.
 
 import contextlib
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -88,6 +89,7 @@ def training_run(
 
 def main(options: Options) -> None:
     sides, policy = ["plain", "control", "probe"], Policy.load("default")
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     controlled: dict[str, list[float]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as boards:
@@ -96,8 +98,7 @@ def main(options: Options) -> None:
             board = boards.enter_context(SummaryWriter(f"{folder}/{side}"))
             runs[side] = training_run(options, policy, side, board)
         for round_index in range(options.rounds + 1):
-            shift = round_index % len(sides)
-            for side in sides[shift:] + sides[:shift]:
+            for side in order.sample(sides, len(sides)):
                 begin = time.perf_counter()
                 part = sum(runs[side]() for _ in range(options.steps_per_decision))
                 if round_index:  # the first warms up

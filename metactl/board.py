@@ -9,8 +9,6 @@ import numpy as np
 from stable_baselines3.common.logger import KVWriter
 from torch.utils.tensorboard import SummaryWriter
 
-from metactl.log import write_scalars
-
 
 class Board:
     """Scalars of one run.
@@ -26,7 +24,8 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        write_scalars(self._writer, values, step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         self._writer.flush()

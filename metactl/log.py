@@ -1,12 +1,10 @@
 """What a controlled run writes down: to TensorBoard, or wherever its owner likes."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
 from metactl.adapters import AttachError
 from metactl.run import Measurement
@@ -40,28 +38,20 @@ class Log:
                 f"log must be a SummaryWriter or a function of (tag, value, step), got "
                 f"{type(target).__name__}"
             )
-        self._target, self._add, self._strict = target, add_scalar, strict
+        self._add: Callable[[str, float, int], object] | None = add_scalar
+        self._strict = strict
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         if self._add is None:
             return
         try:
-            if type(self._target) is SummaryWriter:
-                write_scalars(self._target, values, step)
-            else:  # of another kind, which may do more with a scalar
-                for tag, value in values.items():
-                    self._add(tag, value, step)
+            for tag, value in values.items():
+                self._add(tag, value, step)
         except Exception:
             if self._strict:
                 raise
             logger.warning("Logging failed; the controller goes on without", exc_info=True)
             self._add = None
-
-
-def write_scalars(writer: SummaryWriter, values: Mapping[str, float], step: int) -> None:
-    """One event for all of them: `add_scalar` costs its thread's attention for every one."""
-    entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    writer._get_file_writer().add_summary(Summary(value=entries), step)
 
 
 def tagged(

@@ -149,7 +149,7 @@ class Meter:
         """The sums since the last reading, added in the order of steps, and the update ratios."""
         parts = [self._losses.all(), self._norms.all()]
         parts += [] if self._ratios is None else [self._ratios]
-        seen = iter(torch.cat([part.to(_exact(self.device)) for part in parts]).tolist())
+        seen = iter(torch.cat(parts).tolist())
         losses, loss, squared, norms, norm = self._sums
         for value in itertools.islice(seen, len(self._losses)):
             losses, loss, squared = losses + 1, loss + value, squared + value * value
@@ -246,8 +246,8 @@ class _Pending:
         if isinstance(value, Tensor):
             number = whole(value.detach().clone())
         else:
-            number = torch.as_tensor(float(value))
-        self._single.append(number.to(self._device).reshape(()))
+            number = torch.as_tensor(float(value), dtype=torch.float64)
+        self._single.append(number.to(_exact(self._device)).to(self._device).reshape(()))
 
     def cut(self, n: int) -> None:
         """Forgets all but the first n; only what was appended since the last but one."""
@@ -257,7 +257,8 @@ class _Pending:
         """`[n]`."""
         single = [torch.stack(self._single)] if self._single else []
         everything = [*self._stacked, *single]
-        return torch.cat(everything) if everything else torch.zeros(0, device=self._device)
+        nothing = torch.zeros(0, dtype=_exact(self._device), device=self._device)
+        return torch.cat([nothing, *everything])
 
 
 def require_number(name: str, value: Any) -> None:
