@@ -138,20 +138,20 @@ def _overview(names: Sequence[str]) -> list[list[str]]:
 def _paired(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
     """All arms, or some, the worst first."""
     shown = [arm for arm in arms or summary["arms"] if arm != _UNSHOWN]
-    header = ["arm", "test loss", "best ckpt", "policy minus arm (95 %)"]
-    rows = [[*header, "the same at best ckpt", "wins"], ["---", *["---:"] * 5]]
+    header = ["arm", "test loss", "best ckpt", "policy minus arm (95 %)", "its middle half"]
+    rows = [[*header, "the same at best ckpt", "wins"], ["---", *["---:"] * 6]]
     for arm in sorted(shown, key=lambda arm: -summary["arms"][arm]["final_test"]):
         figures = summary["arms"][arm]
         losses = [f"{figures[name]:.3f}" for name in ("final_test", "best_checkpoint_test")]
         if arm == "policy":
-            rows.append([f"**{cell}**" for cell in (arm, *losses)] + [""] * 3)
+            rows.append([f"**{cell}**" for cell in (arm, *losses)] + [""] * 4)
             continue
         minus = summary["policy_minus"][arm]
-        differences = [
+        final, best = (
             interval_text(minus[name]) for name in ("final_test", "best_checkpoint_test")
-        ]
+        )
         wins = f"{100 * minus['probability_of_improvement']:.0f} %"
-        rows.append([_label(arm, summary), *losses, *differences, wins])
+        rows.append([_label(arm, summary), *losses, final, f"{minus['iqm']:+.3f}", best, wins])
     return rows
 
 
