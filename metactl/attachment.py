@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 _FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
-_NORMS = 5  # gradients of a control step whose norm is measured, where it has so many
+_NORMS = 4  # gradients of a control step whose norm is measured, at most
 _FULL = 0.75  # of an estimated budget: from there it doubles
 
 
@@ -393,7 +393,7 @@ class Attachment:
         self._next = math.inf if finished else round(index * self._total / self._n)
         before = self._next - self._meter.steps - 1
         self._meter.armed = before <= 0
-        self._meter.attentive = before % max(self._total // (self._n * _NORMS), 1) == 0
+        self._meter.attentive = before % math.ceil(self._total / self._n / _NORMS) == 0
 
 
 def _close(a: float, b: float) -> bool:
