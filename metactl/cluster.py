@@ -7,13 +7,16 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from metactl.config import ConfigError
 from metactl.errors import WorkerDied
 
-_PATIENCE = 10.0  # seconds for a cluster to answer
+_PATIENCE = 10.0  # seconds for a cluster to answer, or for a new folder to be locked
+_SCRATCH = "metactl-ray-"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -42,24 +45,23 @@ def cluster(address: str | None) -> Iterator[dict[str, float]]:
         use_token()
     import ray
 
-    scratch = None if address else _short_folder()
-    local: dict[str, Any] = {"include_dashboard": False, "_temp_dir": scratch} if scratch else {}
-    try:
+    with contextlib.nullcontext() if address else _short_folder() as scratch:
+        own = {"include_dashboard": False, "_temp_dir": scratch}
+        local: dict[str, Any] = own if scratch else {}
         try:
-            ray.init(
-                address=address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **local,
-            )
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            where = f"cluster at {address!r}" if address else "local cluster"
-            raise WorkerDied(f"No Ray {where}: {error}") from error
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **local,
+                )
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                where = f"cluster at {address!r}" if address else "local cluster"
+                raise WorkerDied(f"No Ray {where}: {error}") from error
+            yield ray.cluster_resources()
+        finally:
+            ray.shutdown()
 
 
 def use_token() -> None:
@@ -82,9 +84,37 @@ def _require_answer(address: str) -> None:
         raise ConfigError(f"No Ray cluster at {address!r}: {error}") from error
 
 
-def _short_folder() -> str:
-    """Ray keeps sockets there, whose paths may have 107 bytes."""
-    return tempfile.mkdtemp(prefix="ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+@contextlib.contextmanager
+def _short_folder() -> Iterator[str]:
+    """Where Ray keeps sockets, whose paths may have 107 bytes; gone after the block.
+
+    Who is killed leaves it behind; the next one knows by its lock, and takes it away.
+    """
+    root = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
+    for left in root.glob(f"{_SCRATCH}*"):
+        about = left.lstat()
+        if about.st_uid == os.getuid() and time.time() - about.st_mtime > _PATIENCE:
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=_SCRATCH, dir=root)
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: str | Path) -> Iterator[None]:
+    """Keeps the lock of a folder for the block; an `OSError` where somebody else has it."""
+    import fcntl
+
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
 
 
 def check_resources(what: str, cpu: float, gpu: float, available: dict[str, float]) -> None:

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metactl.cli import main
-from metactl.cluster import cluster
+from metactl.cluster import _short_folder, cluster
 from metactl.config import ConfigError, TrainConfig, parse
 from metactl.controllers import Static
 from metactl.ray_worker import RayWorker
@@ -139,3 +140,24 @@ def test_flags_that_do_not_go_together_are_refused_in_words(arguments, words, tm
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists() or json.dumps(list((tmp_path / "run").iterdir())) == "[]"
+
+
+def test_what_a_killed_driver_left_goes_and_what_a_living_one_uses_stays(monkeypatch):
+    monkeypatch.setattr("metactl.cluster._PATIENCE", 0.0)
+    code = (
+        "import metactl.cluster as c\n"
+        "with c._short_folder() as folder:\n"
+        "    print(folder, flush=True)\n"
+        "    input()\n"
+    )
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    drivers = [subprocess.Popen([sys.executable, "-c", code], **piped) for _ in range(2)]
+    killed, living = (Path(driver.stdout.readline().strip()) for driver in drivers)
+    drivers[0].kill()
+    drivers[0].wait()
+    assert killed.is_dir()
+    with _short_folder() as own:
+        assert Path(own).is_dir() and living.is_dir() and not killed.exists()
+    assert not Path(own).exists()
+    drivers[1].communicate("\n")
+    assert not living.exists()
