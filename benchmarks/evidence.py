@@ -8,7 +8,8 @@ A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired`
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
 `disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME); or,
 with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json), and with `rival`,
-`places` (from docs/rival.json), and with `disturbed`, `kinds` (from docs/disturbed.json).
+`places` (from docs/rival.json), with `families`, `beside` (from docs/families.json), and with
+`disturbed`, `kinds` (from docs/disturbed.json).
 """
 
 import json
@@ -60,7 +61,7 @@ _PLACES = {
     "waves": "`waves`",
     "digits": "`digits`",
 }
-_OWN_FILES = ("headroom", "rival", "disturbed")
+_OWN_FILES = ("headroom", "rival", "families", "disturbed")
 _ROOM = (
     "best static minus default",
     "per-task best minus best static",
@@ -243,6 +244,22 @@ def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _beside(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """The policy that ships and one of all families, each beside the default setting, by place."""
+    names = {"policy": "shipped", "rival": "all families", "mean": "mean of both"}
+    ends = {"final_test": "minus default", "best_test": "the same at best ckpt"}
+    rows = [["", "tasks", *(f"{name} {text}" for text in ends.values() for name in names.values())]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for place, figures in found["places"].items():
+        differences = [
+            interval_text(figures[f"{end}_minus"][f"{arm} - default"])
+            for end in ends
+            for arm in names
+        ]
+        rows.append([_PLACES[place], str(figures["n_tasks"]), *differences])
+    return rows
+
+
 def _kinds(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     """What each kind of disturbance costs: excess area by arm."""
     arms = list(next(iter(found["kinds"].values())))
@@ -256,6 +273,7 @@ def _kinds(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
 _KINDS = {
     "kinds": _kinds,
     "places": _places,
+    "beside": _beside,
     "families": _families,
     "knobs": _knobs,
     "paired": _paired,

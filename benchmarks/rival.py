@@ -1,7 +1,10 @@
-"""A linear policy beside the shipped one, where neither was trained, and the mean of the two.
+"""Another policy beside the shipped one, the mean of the two, and the default setting.
 
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
+    metactl train --config configs/families.yaml --run-dir runs/families
+    python -m benchmarks.rival --rival runs/families/policy --json docs/families.json \
+        --places default recall waves digits
 
 The mean acts as both do on average. All are guarded, begin at the default setting and live
 through the same runs, those of the evaluations in docs/evidence.md. What is finished is in the file
@@ -22,7 +25,7 @@ import tyro
 from benchmarks.provenance import write
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
-from metactl.evaluation.arms import from_arm
+from metactl.evaluation.arms import from_arm, static_arm
 from metactl.evaluation.place import Counter
 from metactl.evaluation.summary import column, plain
 from metactl.policy import Policy
@@ -62,6 +65,10 @@ PLACES = {
     "d64": Place(n_tasks=32, options={"horizon": 240, "d_model": 64}),
     "d128": Place(n_tasks=32, options={"horizon": 240, "d_model": 128, "n_layers": 3}),
 }
+FAMILIES = {
+    task: Place(n_tasks=32, options={"horizon": 240, "context": 64, "task": task})
+    for task in ("recall", "waves", "digits")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +76,13 @@ class Options:
     """Which policies, and where."""
 
     rival: Path
-    """Folder of the linear policy."""
+    """Folder of the other policy."""
     json: Path
     """Where the figures go."""
     policy: str = "default"
     """Folder of a policy, or the name of one that ships."""
     places: tuple[str, ...] = tuple(PLACES)
-    """Of default, english, cpp, 480, 960, d64, d128."""
+    """Of default, english, cpp, 480, 960, d64, d128; recall, waves, digits."""
 
 
 def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
@@ -87,6 +94,7 @@ def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
     with closing(where.open()) as shards, bar("Paired runs") as progress:
         default = shards.knobs.default_positions(1)[0]
         arms = [from_arm(each, name, default) for name, each in policies.items()]
+        arms.append(static_arm("default", default))
         count = Counter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
     found: dict[str, Any] = {"n_tasks": place.n_tasks}
@@ -104,17 +112,19 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
     try:
-        if unknown := sorted(set(options.places) - set(PLACES)):
-            raise ValueError(f"places must be of {', '.join(PLACES)}, got {', '.join(unknown)}")
+        places = PLACES | FAMILIES
+        if unknown := sorted(set(options.places) - set(places)):
+            raise ValueError(f"places must be of {', '.join(places)}, got {', '.join(unknown)}")
         policy, rival = Policy.load(options.policy), Policy.load(options.rival)
-        mean = Policy.mean_of([policy, rival.as_network(policy.card.hidden)])
+        alike = rival if rival.card.hidden else rival.as_network(policy.card.hidden)
+        mean = Policy.mean_of([policy, alike])
     except ValueError as error:
         print(f"rival: {error}", file=sys.stderr)
         sys.exit(2)
     policies = {"mean": mean, "policy": policy, "rival": rival}
     figures: dict[str, Any] = {"places": {}}
     for name in options.places:
-        figures["places"][name] = found = compare(policies, PLACES[name])
+        figures["places"][name] = found = compare(policies, places[name])
         write(options.json, figures)
         differences = found["final_test_minus"].items()
         print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in differences), flush=True)
