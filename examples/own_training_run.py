@@ -13,7 +13,7 @@ from metactl.config import EnvironmentConfig, PPOConfig, TrainConfig
 from metactl.controllers import Learned, Static
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
-from metactl.rollout import Trial, play
+from metactl.rollout import PlannedRun, play
 from metactl.train import train
 
 environment = EnvironmentConfig(id="tracking_plant:Tracking-v0", n_workers=0)
@@ -24,5 +24,5 @@ policy = train(config, Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own"))
 loop = ControlLoop(Tracking(16), ControlConfig())
 episodes = [loop.draw_episode(99, index) for index in range(16)]  # not seen in training
 for name, controller in (("default", Static()), ("policy", Learned(policy))):
-    trials = [Trial(arm=name, episode=episode, controller=controller) for episode in episodes]
-    print(f"{name} {np.mean([result.final_test for result in play(loop, trials)]):.3f}")
+    planned = [PlannedRun(arm=name, episode=e, controller=controller) for e in episodes]
+    print(f"{name} {np.mean([result.final_test for result in play(loop, planned)]):.3f}")

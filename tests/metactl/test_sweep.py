@@ -111,7 +111,8 @@ def test_a_sweep_that_makes_no_sense_is_refused_in_words(changes, parts):
 
 def test_a_value_that_the_recipe_does_not_take_is_refused_before_anything_starts(tmp_path):
     space = {"ppo.learning_rate": {"grid": [1e-3, -1.0]}}
-    with pytest.raises(ConfigError, match=r"trial 001-\w+ \(ppo.learning_rate=-1\).*above 0"):
+    said = r"trial 001-\w+ \(ppo.learning_rate=-1\).*must be in \(0, 1\], got -1"
+    with pytest.raises(ConfigError, match=said):
         plan(sweep(tmp_path, space))
     with pytest.raises(ConfigError, match=r"ppo.learning_rat.*Did you mean 'learning_rate'"):
         plan(sweep(tmp_path, {"ppo.learning_rat": {"grid": [1e-3]}}))
