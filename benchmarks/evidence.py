@@ -247,8 +247,8 @@ def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
 def _beside(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     """The policy that ships and one of all families, each beside the default setting, by place."""
     names = {"policy": "shipped", "rival": "all families", "mean": "mean of both"}
-    ends = {"final_test": "minus default", "best_test": "the same at best ckpt"}
-    rows = [["", "tasks", *(f"{name} {text}" for text in ends.values() for name in names.values())]]
+    ends = {"final_test": "", "best_test": " at best ckpt"}
+    rows = [["", "tasks", *(f"{name}{end}" for end in ends.values() for name in names.values())]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for place, figures in found["places"].items():
         differences = [
