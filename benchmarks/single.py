@@ -32,7 +32,7 @@ MOVES = {
     "embedding_width": (0.25, 0.5, 0.75, 1.0),
 }
 
-_WARM_UP = 2  # steps; the first makes the pool of noise, and the second is compiled with it
+_WARM_UP = 2  # steps; the first compiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ def adaptive(options: Options, *, capturable: bool = False) -> AdaptiveTransform
     model = AdaptiveTransformer(config, device=options.device, capturable=capturable)
     model.initialise([0], [0])
     model.set_knobs({"dropout": 0.1})
+    model.reserve_noise(options.batch_size * options.context)  # before it is compiled, so as whole
     return model
 
 
