@@ -386,7 +386,7 @@ class AdaptiveTransformer(nn.Module):
         )
 
     def reserve_noise(self, n_tokens: int) -> NoisePool:
-        """Where the dropout noise for so many tokens of a replica comes from; made once."""
+        """The dropout noise of so many tokens, made once; call it before `torch.compile`."""
         window = n_tokens * self.config.d_model
         if self._pool is None or self._pool.window != window:
             self._pool = NoisePool(window, device=self.embedding.device)
