@@ -92,29 +92,40 @@ def _short_folder() -> Iterator[str]:
     """
     root = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
     for left in root.glob(f"{_SCRATCH}*"):
-        about = left.lstat()
-        if about.st_uid == os.getuid() and time.time() - about.st_mtime > _PATIENCE:
-            with contextlib.suppress(OSError), _locked(left):
-                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may go at this moment, or be somebody else's
+            _remove_if_left(left)
     folder = tempfile.mkdtemp(prefix=_SCRATCH, dir=root)
+    lock = _lock(folder)
     try:
-        with _locked(folder):
-            yield folder
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-@contextlib.contextmanager
-def _locked(folder: str | Path) -> Iterator[None]:
-    """Keeps the lock of a folder for the block; an `OSError` where somebody else has it."""
-    import fcntl
+def _remove_if_left(folder: Path) -> None:
+    if time.time() - folder.lstat().st_mtime < _PATIENCE:
+        return
+    lock = _lock(folder)
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
+
+def _lock(folder: str | Path) -> int | None:
+    """What keeps a folder until it is closed; None where somebody else has it, or without locks."""
+    try:
+        import fcntl
+    except ImportError:  # a system that has none
+        return None
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
+    except OSError:
         os.close(file)
+        return None
+    return file
 
 
 def check_resources(what: str, cpu: float, gpu: float, available: dict[str, float]) -> None:

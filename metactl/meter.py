@@ -36,6 +36,9 @@ class Meter:
         armed: Whether the next optimizer step also measures the size of its update.
     """
 
+    _last: int | None  # norms that were there before the step just taken
+    _ratios: Tensor | None  # median and maximum
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.device = self._parameters()[0].device
@@ -44,10 +47,7 @@ class Meter:
         self._open = False  # between the hooks of a step; a subclass's may call its parent's
         self._before: list[Tensor] | None = None
         self._error: Exception | None = None  # of a hook, which must not stop the owner's step
-        self._sums = [0.0] * len(_SUMS)  # of a state that was loaded
-        self._losses, self._norms = _Pending(self.device), _Pending(self.device)
-        self._last: int | None = None  # norms that were there before the step just taken
-        self._ratios: Tensor | None = None  # median and maximum
+        self._forget()
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -159,7 +159,7 @@ class Meter:
         return [losses, loss, squared, norms, norm], list(seen)
 
     def _forget(self) -> None:
-        self._sums = [0.0] * len(_SUMS)
+        self._sums = [0.0] * len(_SUMS)  # of a state that was loaded
         self._losses, self._norms = _Pending(self.device), _Pending(self.device)
         self._last, self._ratios = None, None
 
@@ -210,10 +210,11 @@ class Meter:
         # a whole all processes must ask alike.)
         trained = [pair for pair in pairs if pair[0].grad is not None or _is_sharded(pair[0])]
         self._before = None
-        sizes = self._sizes([before for _, before in trained or pairs])
+        tensors = [before for _, before in trained or pairs]
+        sizes = self._sizes(tensors)
         for now, before in trained or pairs:
             before.sub_(now)
-        ratios = self._sizes([before for _, before in trained or pairs]) / sizes
+        ratios = self._sizes(tensors) / sizes
         # A tensor that was 0 has no ratio; indexing by a mask would wait for the device.
         known = torch.where(torch.isfinite(ratios), ratios, torch.nan)
         self._ratios = torch.stack((known.nanmedian(), known.nan_to_num(0.0).max()))

@@ -161,3 +161,15 @@ def test_what_a_killed_driver_left_goes_and_what_a_living_one_uses_stays(monkeyp
     assert not Path(own).exists()
     drivers[1].communicate("\n")
     assert not living.exists()
+
+
+def test_a_file_system_without_locks_gives_a_folder_too_and_nothing_is_taken_away(monkeypatch):
+    monkeypatch.setattr("metactl.cluster._PATIENCE", 0.0)
+
+    def refuse(*_):
+        raise OSError("no locks here")
+
+    with _short_folder() as other:
+        monkeypatch.setattr("fcntl.flock", refuse)
+        with _short_folder() as own:
+            assert Path(own).is_dir() and Path(other).is_dir()

@@ -141,9 +141,8 @@ def test_the_best_checkpoint_is_kept_for_each_run_alone():
 def test_a_result_holds_the_whole_course_of_its_run():
     loop = loop_of(ToyPlant(1), random_start=1.0)
     seen = []
-    result = play(loop, [planned(loop, 1, Push())], on_step=lambda i, step: seen.append((i, step)))[
-        0
-    ]
+    pushed = planned(loop, 1, Push())
+    result = play(loop, [pushed], on_step=lambda i, step: seen.append((i, step)))[0]
     assert [index for index, _ in seen] == list(range(N))
     assert result.positions.shape == (N + 1, 2)
     assert result.positions[0].tolist() == loop.draw_episode(1, 0).positions.tolist()
