@@ -11,7 +11,6 @@ through the same runs, those of the evaluations in docs/evidence.md. What is fin
 at once.
 """
 
-import importlib.util
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.places import FAMILIES, PLACES, Place
 from benchmarks.provenance import write
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
@@ -35,43 +35,6 @@ from metactl.statistics import paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Runs that a policy was not trained on.
-
-    Args:
-        n_tasks: How many.
-        options: Of the environment.
-        data: Text to learn; the Python standard library by default.
-    """
-
-    n_tasks: int
-    options: dict[str, Any]
-    data: Path | None = None
-
-
-def _inside(package: str, *path: str) -> Path:
-    """A file or folder of an installed package."""
-    found = importlib.util.find_spec(package)
-    assert found is not None and found.origin is not None
-    return Path(found.origin).parent.joinpath(*path)
-
-
-PLACES = {
-    "default": Place(n_tasks=64, options={"horizon": 240}),
-    "english": Place(n_tasks=64, options={"horizon": 240}, data=_inside("pydoc_data", "topics.py")),
-    "cpp": Place(n_tasks=64, options={"horizon": 240}, data=_inside("torch", "include", "c10")),
-    "480": Place(n_tasks=32, options={"horizon": 480}),
-    "960": Place(n_tasks=32, options={"horizon": 960}),
-    "d64": Place(n_tasks=32, options={"horizon": 240, "d_model": 64}),
-    "d128": Place(n_tasks=32, options={"horizon": 240, "d_model": 128, "n_layers": 3}),
-}
-FAMILIES = {
-    task: Place(n_tasks=32, options={"horizon": 240, "context": 64, "task": task})
-    for task in ("recall", "waves", "digits")
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Options:
     """Which policies, and where."""
 
@@ -82,7 +45,7 @@ class Options:
     policy: str = "default"
     """Folder of a policy, or the name of one that ships."""
     places: tuple[str, ...] = tuple(PLACES)
-    """Of default, english, cpp, 480, 960, d64, d128; recall, waves, digits."""
+    """Of default, english, cpp, 480, 960, d64, d64_480, d128; recall, waves, digits."""
 
 
 def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:

@@ -207,8 +207,7 @@ def _evaluate(command: Evaluate) -> int:
     command = replace(command, json=writable(command.json), figure=figure)
     full = command.suite == "full"
     plan = EvaluationPlan(
-        n_tasks=command.n_tasks,
-        grid_points=command.grid,
+        **command.sizes(),
         seed=command.seed,
         settings=[parse_setting(text) for text in command.static],
         rivals={f"rival {path}": Policy.load(path) for path in command.rival},
@@ -218,8 +217,6 @@ def _evaluate(command: Evaluate) -> int:
         beforehand=full or command.beforehand,
         population=8 if full else 0,
         disturbed=full,
-        schedule_runs=command.schedule_runs,
-        linear_runs=command.linear_runs,
     )
     flags = {"horizon": command.optimizer_steps, "rotation": command.rotation}
     changes = flags | dict(parse_assignment(text) for text in command.set)
@@ -275,17 +272,11 @@ def _headroom(command: Evaluate, where: "Where") -> int:
     from metactl.report import headroom_table, knob_headroom_table
     from metactl.rundir import write_json
 
-    found = {}
+    found, sizes = {}, command.sizes()
+    del sizes["linear_runs"]  # of a policy
     for family, place in by_family(where, command.families).items():
         with bar(f"Room in {family}") as progress:
-            found[family] = headroom(
-                place,
-                n_tasks=command.n_tasks,
-                grid_points=command.grid,
-                schedule_runs=command.schedule_runs,
-                seed=command.seed,
-                progress=progress,
-            )
+            found[family] = headroom(place, **sizes, seed=command.seed, progress=progress)
         if command.json is not None:
             write_json(command.json, {"families": found})
     console().print(headroom_table(found))

@@ -116,25 +116,27 @@ class Evaluate:
     environment: str | None = None
     """Id of the environment, MODULE:NAME-vN, where the policy was trained in one of yours."""
     suite: Literal["quick", "full"] = "quick"
-    """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs."""
+    """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs, searches:
+    about three hours on 2 cores."""
     beforehand: bool = False
-    """Also tune a static setting on tasks of meta-training, and begin the policy there."""
+    """Also tune a static setting on tasks of meta-training, and begin there whatever moves
+    knobs."""
     headroom: bool = False
     """Instead of the policy: how far static settings and schedules are apart, by task family."""
     families: tuple[str, ...] = ("text", "recall", "waves")
     """Task families of --headroom; there is also 'digits', with --set context=64."""
-    n_tasks: int = 32
+    n_tasks: Annotated[int | None, _by_default("32; full: 64")] = None
     """Paired held-out tasks."""
-    grid: int = 16
+    grid: Annotated[int | None, _by_default("16; full: 64")] = None
     """Static settings over all knobs, the default among them."""
     static: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A further static setting, e.g. --static dropout=0,attention_span=8."""
     rival: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Another policy on the same runs, folder or name, e.g. --rival default."""
-    schedule_runs: int = 0
+    schedule_runs: Annotated[int | None, _by_default("0; full: 2688")] = None
     """Also search the best schedule by CMA-ES with so many runs, and as many more (0: none) told
     how much data a task has."""
-    linear_runs: int = 0
+    linear_runs: Annotated[int | None, _by_default("0; full: 2688")] = None
     """Also search the best linear policy on the same signals, as PPO's rival (0: no search); it is
     left in RUN_DIR/linear, for --rival elsewhere."""
     optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
@@ -149,6 +151,23 @@ class Evaluate:
     """Worker processes (-1: one per core, 0: none)."""
     seed: int = 0
     """Determines tasks and runs."""
+
+    def sizes(self) -> dict[str, int]:
+        """How much is played: those of the suite, where nothing else is said."""
+        said = {
+            "n_tasks": self.n_tasks,
+            "grid_points": self.grid,
+            "schedule_runs": self.schedule_runs,
+            "linear_runs": self.linear_runs,
+        }
+        return _SIZES[self.suite] | {name: n for name, n in said.items() if n is not None}
+
+
+_SIZES = {
+    "quick": {"n_tasks": 32, "grid_points": 16, "schedule_runs": 0, "linear_runs": 0},
+    # searches with as many runs as one training by configs/default.yaml
+    "full": {"n_tasks": 64, "grid_points": 64, "schedule_runs": 2688, "linear_runs": 2688},
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,9 @@ def evaluation_report(summary: dict[str, Any]) -> list[Table | str]:
         parts.append(break_even_sentence(summary))
     if summary["by_epochs"]:
         parts.append(epochs_table(summary))
+    if "begun_at_best_static" in summary:
+        title = "The same, begun at the best static setting of training tasks"
+        parts.append(paired_table(summary["begun_at_best_static"], title))
     if "disturbed" in summary:
         parts.append(disturbed_table(summary["disturbed"], "The same, something befalling each"))
     return parts

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
 from metactl.rollout import PlayedRun
+from metactl.shards import ShardRow
 from metactl.worker import ShardError
 
 _TUNING = 0x7A5C  # added to the seed: other tasks and runs, whatever the split
@@ -70,7 +71,8 @@ class EvaluationPlan:
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
         beforehand: Also choose static settings on as many tasks of meta-training, told how much
-            data a task has and not; start the policy from the best of them, and from the worst.
+            data a task has and not; begin all that moves knobs at the best of them, too, and the
+            policy at the worst.
         population: Members of population-based training on each task, by PBT and again by PB2; 0
             leaves them out.
         disturbed: Play the main arms again, with something befalling every run.
@@ -117,7 +119,8 @@ def evaluate(
     Arms: the default setting; a grid of static settings over all knobs, of which the best on
     average (SBS) and the best for each task (VBS) are chosen on the probe and scored on test; the
     responsive rule; the replay of the policy's own mean trajectory; the policy; and what the plan
-    adds. All start from the default setting, but for the grid.
+    adds. All start from the default setting, but for the grid; with `beforehand` again from the
+    static setting that is best on tasks of meta-training.
 
     Args:
         policy: Who is judged.
@@ -143,58 +146,107 @@ def evaluate(
         points = static_grid(knobs, plan.grid_points)
         grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
         chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
-        rules = [rule_arm(default), *more_rule_arms(knobs, default)]
-        if plan.controls:
-            rules += further_rule_arms(knobs, default, about["n_control_steps"])
-        first = [policy_arm(policy, default), *rules, *grid, *chosen]
-        rivals = [from_arm(rival, name, default) for name, rival in plan.rivals.items()]
-        first += rivals
-        if plan.controls:
-            first += [random_arm(default, n, plan.seed), other_seed_arm(policy, default)]
-        if plan.each_knob:
-            first += knob_arms(policy, knobs, default)
-        n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
-        n_arms = len(first) + 1 + plan.controls + n_swaps + 2 * plan.population
-        n_found = 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
-        n_arms += n_found
-        n_arms += plan.disturbed * (3 + len(rules) + len(rivals) + plan.controls + n_found)
-        n_arms += plan.beforehand * (2 + len(grid) + len(chosen))
-        count = Counter(n * n_arms + 2 * plan.schedule_runs + plan.linear_runs, progress)
-        results = play_arms(shards, first, n, plan.seed, count)
-        then: list[Arm] = [replay_arm(results["policy"], default)]
-        if plan.controls:
-            then.append(yoked_arm(results.pop("policy, other seeds"), default))
-        blind = list(then)  # whatever befalls a run, they do as they did
+        single = knob_arms(policy, knobs, default) if plan.each_knob else []
+        movers = _Movers(policy=policy, plan=plan, shards=shards, about=about)
+        count = Counter(_n_runs(plan, movers, len(grid) + len(chosen), len(single)), progress)
+        found, linear = _searched(policy, where, plan, default, count)
+        results = play_arms(shards, [*grid, *chosen, *single], n, plan.seed, count)
+        begun, blind = movers.play(default, found, count)
+        results |= begun
         if plan.controls:
             played = results["policy"]
-            then += swapped_arms(policy, played, default, names, each=plan.each_group)
-        results |= play_arms(shards, then, n, plan.seed, count)
-        found, linear = _searched(policy, where, plan, default, count)
-        results |= play_arms(shards, found, n, plan.seed, count)
-        if plan.population:
-            kinds: dict[str, Explore] = {"PBT": perturbed, "PB2": promising}
-            for kind, explore in kinds.items():
-                best = play_pbt(shards, plan.population, n, plan.seed, default, count, explore)
-                results[f"{kind}, best of {plan.population}"] = best
+            swapped = swapped_arms(policy, played, default, names, each=plan.each_group)
+            results |= play_arms(shards, swapped, n, plan.seed, count)
+        there: Results = {}
         if plan.beforehand:
             results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, names, count)
-            start = results["best static of training tasks"][0].positions[0]
+            tuned = results["best static of training tasks"]
+            there, _ = movers.play(tuned[0].positions[0], found, count)
+            there["best static of training tasks"] = tuned
+            results["policy from there"] = there["policy"]
             losses = [column(results[arm.name], "final_probe").mean() for arm in grid]
             worst = grid[int(np.argmax(losses))].positions
-            there = from_arm(policy, "policy from there", start)
             bad = from_arm(policy, "policy from the worst static", worst)
-            results |= play_arms(shards, [there, bad], n, plan.seed, count)
+            results |= play_arms(shards, [bad], n, plan.seed, count)
     grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
     results = _select_static(results, grid_names, chosen_names)
     summary = {**_summary(policy, about, results), "n_tasks": n, "seed": plan.seed}
     summary["grid_points"] = len(grid) + len(chosen)
+    if there:
+        told = {"set_points": policy.card.set_points, "names": names}
+        summary["begun_at_best_static"] = summarise(there, **told)
     if plan.disturbed:
-        tuned = static_arm("best static", results["best static"][0].positions[0])
-        arms = [policy_arm(policy, default), *rules, tuned, *blind, *found, *rivals]
+        arms = [*movers.arms(default), *blind, *found]
+        arms.append(static_arm("best static", results["best static"][0].positions[0]))
         with closing(where.open(disturb=1.0)) as shards:
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
     return Evaluation(results=results, summary=summary, linear=linear)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Movers:
+    """All that moves knobs, wherever they begin: the policy, rules, replays, populations.
+
+    Args:
+        policy: Who is judged.
+        plan: What is compared.
+        shards: Where runs are played.
+        about: What their environment says of itself.
+    """
+
+    policy: Policy
+    plan: EvaluationPlan
+    shards: ShardRow
+    about: dict[str, Any]
+
+    def arms(self, start: FloatArray) -> list[Arm]:
+        """What sees its run: the policy, the rules, the rivals."""
+        knobs = KnobSet(self.about["knobs"])
+        arms = [policy_arm(self.policy, start), rule_arm(start), *more_rule_arms(knobs, start)]
+        if self.plan.controls:
+            arms += further_rule_arms(knobs, start, self.about["n_control_steps"])
+        return arms + [from_arm(rival, name, start) for name, rival in self.plan.rivals.items()]
+
+    def play(
+        self, start: FloatArray, found: Sequence[Arm], count: Counter
+    ) -> tuple[Results, list[Arm]]:
+        """Results of all, and the arms that do the same whatever befalls a run.
+
+        Args:
+            start: Where the knobs begin, `[n_knobs]` in [0, 1].
+            found: What searches came to; played from here, too.
+            count: Told about finished runs.
+        """
+        n, seed = self.plan.n_tasks, self.plan.seed
+        first = self.arms(start) + [replace(arm, positions=start) for arm in found]
+        if self.plan.controls:
+            first += [random_arm(start, n, seed), other_seed_arm(self.policy, start)]
+        results = play_arms(self.shards, first, n, seed, count)
+        blind = [replay_arm(results["policy"], start)]
+        if self.plan.controls:
+            blind.append(yoked_arm(results.pop("policy, other seeds"), start))
+        results |= play_arms(self.shards, blind, n, seed, count)
+        if self.plan.population:
+            kinds: dict[str, Explore] = {"PBT": perturbed, "PB2": promising}
+            for kind, explore in kinds.items():
+                size = self.plan.population
+                best = play_pbt(self.shards, size, n, seed, start, count, explore)
+                results[f"{kind}, best of {size}"] = best
+        return results, blind
+
+
+def _n_runs(plan: EvaluationPlan, movers: _Movers, n_settings: int, n_single: int) -> int:
+    """How many runs an evaluation plays, searches included."""
+    n_seeing = len(movers.arms(np.zeros(len(movers.about["knobs"]))))
+    n_blind = 1 + plan.controls
+    n_found = 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+    n_movers = n_seeing + n_blind + n_found + 2 * plan.controls + 2 * plan.population
+    n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
+    n_arms = n_settings + n_single + n_movers + n_swaps
+    n_arms += plan.beforehand * (n_settings + n_movers + 1)
+    n_arms += plan.disturbed * (n_seeing + n_blind + n_found + 1)
+    return plan.n_tasks * n_arms + 2 * plan.schedule_runs + plan.linear_runs
 
 
 def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:

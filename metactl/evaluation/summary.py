@@ -228,6 +228,7 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
         for arm, figures in summary["arms"].items()
     }
     short = {**summary, "arms": arms}
-    if "disturbed" in summary:
-        short["disturbed"] = headline(summary["disturbed"])
+    for part in ("disturbed", "begun_at_best_static"):
+        if part in summary:
+            short[part] = headline(summary[part])
     return short

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
-from benchmarks import cost, disturbed, population, single
+from benchmarks import cost, disturbed, evaluations, population, single
+from benchmarks.places import FAMILIES, PLACES
 from benchmarks.provenance import write
 from benchmarks.rotation.jobs import train_arm
 from benchmarks.timing import in_turn, ratio
+from metactl.commands import Command, Evaluate
 from metactl.controllers import Static
 from metactl.knobs import Knob, KnobSet
 from metactl.signals import Codec
@@ -50,6 +53,16 @@ def test_sides_take_turns_and_what_warms_up_does_not_count():
     assert log == ["a", "a", "b", "b"] * 4
     assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
     assert ratio({"a": [1.0, 9.0, 4.0], "b": [1.0, 3.0, 2.0]}, "a", "b") == 2
+
+
+@pytest.mark.parametrize("name", [*PLACES, *FAMILIES])
+def test_evaluations_are_commands_that_metactl_understands(name, tmp_path):
+    options = evaluations.Options(rival=["default"], figures=tmp_path)
+    arguments = evaluations.command(options, name, ("dropout",))
+    found = tyro.cli(Command, args=arguments)
+    assert isinstance(found, Evaluate)
+    assert "knobs=[dropout,weight_decay]" in found.set
+    assert (found.suite == "full") == (name == "default") == (found.rival == ["default"])
 
 
 @pytest.mark.parametrize(("n_runs", "workers"), [(1, 1), (5, 1), (6, 3), (8, 4)])

@@ -175,7 +175,7 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
 ) -> None:
     report = tmp_path / "report.json"
     small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0, "--suite", "full")
-    small += ("--schedule-runs", 1)
+    small += ("--schedule-runs", 1, "--linear-runs", 0, "--static", "dropout=0")
     code = metactl("evaluate", "--policy", trained / "policy", "--json", report, *small)
     assert code == 0
     summary = json.loads(report.read_text())
@@ -187,9 +187,14 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert {"policy from there", "policy from the worst static"} <= set(arms)
     assert {"best static of training tasks", "the same by size of the data"} <= set(arms)
     assert {"best schedule", "schedule told the data size"} <= set(arms)
-    disturbed = summary["disturbed"]
     rules = {"responsive rule", "responsive rule, no smoothing", "gap rule (dropout)"}
     rules |= {"window warm-up (span)"}
+    there = summary["begun_at_best_static"]["arms"]
+    moving = rules | {"policy", "replay", "yoked", "random moves", "PBT, best of 8"}
+    moving |= {"PB2, best of 8", "best schedule", "schedule told the data size"}
+    assert set(there) == moving | {"best static of training tasks"}
+    assert there["policy"] == arms["policy from there"] != arms["policy"]
+    disturbed = summary["disturbed"]
     blind = {"best static", "replay", "yoked", "best schedule", "schedule told the data size"}
     assert set(disturbed["arms"]) == rules | blind | {"policy"}
     for figures in disturbed["arms"].values():

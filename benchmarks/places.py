@@ -1,0 +1,48 @@
+"""Runs that no policy was trained on: other text, larger models, longer runs, other families."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Runs of one kind.
+
+    Args:
+        n_tasks: How many.
+        grid: Static settings that a policy is compared with there.
+        options: Of the environment.
+        data: Text to learn; the Python standard library by default.
+    """
+
+    n_tasks: int = 32
+    grid: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+    data: Path | None = None
+
+
+def _inside(package: str, *path: str) -> Path:
+    """A file or folder of an installed package."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None
+    return Path(found.origin).parent.joinpath(*path)
+
+
+_PROSE, _CPP = _inside("pydoc_data", "topics.py"), _inside("torch", "include", "c10")
+
+PLACES = {
+    "default": Place(n_tasks=64, options={"horizon": 240}),
+    "english": Place(n_tasks=64, options={"horizon": 240}, data=_PROSE),
+    "cpp": Place(n_tasks=64, options={"horizon": 240}, data=_CPP),
+    "480": Place(options={"horizon": 480}),
+    "960": Place(grid=32, options={"horizon": 960}),
+    "d64": Place(options={"horizon": 240, "d_model": 64}),
+    "d64_480": Place(grid=32, options={"horizon": 480, "d_model": 64}),
+    "d128": Place(grid=16, options={"horizon": 240, "d_model": 128, "n_layers": 3}),
+}
+FAMILIES = {
+    task: Place(options={"horizon": 240, "context": 64, "task": task})
+    for task in ("recall", "waves", "digits")
+}
