@@ -36,7 +36,8 @@ class RunConfig:
         feed_forward: `"gelu"` or `"swiglu"`.
         rotation: Rotation variants by name, joined by `+`, or fields (see `models.rotary`).
         batch_size: Sequences per optimizer step.
-        horizon: Optimizer steps of a run, or a range to draw from log-uniformly.
+        horizon: Optimizer steps of a run, or a range to draw from log-uniformly; rounded to a
+            multiple of the control steps.
         budget: What a run spends: `"steps"`, or `"flops"`: as many FLOPs as `horizon` steps take at
             full width and span, so that cheaper knobs give more steps.
         unique_bytes: Range of the unique training data, in tokens, drawn log-uniformly.

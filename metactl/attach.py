@@ -42,8 +42,12 @@ class Controller:
 
     Args:
         controller: Who decides: a policy, or any controller of `metactl.controllers`.
-        n_control_steps: Decisions per run.
+        n_control_steps: Control steps of a run, at least 2; by default the policy's, else 40.
         strict: Raise what goes wrong in a control step, instead of switching off with a warning.
+
+    Raises:
+        TypeError: If `controller` is neither.
+        ValueError: If `n_control_steps` is no whole number of at least 2.
 
     Example:
         >>> import numpy as np

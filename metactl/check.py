@@ -11,6 +11,7 @@ import numpy as np
 
 from metactl.config import ConfigError
 from metactl.env import TrainingRunEnv
+from metactl.episodes import ControlConfig
 from metactl.knobs import KnobSet
 from metactl.run import Measurement, TrainingRun
 from metactl.shards import require_own_package
@@ -68,7 +69,7 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
         raise ConfigError(f"No environment {target!r}: {error}") from error
     findings = list(check_environment(env))
     if isinstance(env, TrainingRunEnv):
-        findings += check_training_run(env.loop.run)
+        findings += check_training_run(env.loop.run, env.loop.config.n_control_steps)
     return findings
 
 
@@ -112,10 +113,29 @@ def check_environment(env: Any) -> Iterator[Finding]:
             yield Finding(True, f"{who}'s check_env passes")
 
 
-def check_training_run(run: TrainingRun) -> Iterator[Finding]:
-    """The contract of `TrainingRun`, one finding a claim; later ones need the earlier."""
+def check_training_run(
+    run: TrainingRun, n_control_steps: int = ControlConfig.n_control_steps
+) -> Iterator[Finding]:
+    """The contract of `TrainingRun`, one finding a claim; later ones need the earlier.
+
+    Args:
+        run: Which.
+        n_control_steps: Of a run.
+    """
+
+    def _check_horizon(run: TrainingRun) -> str | None:
+        """The horizon has an optimizer step for every control step, and can be set."""
+        if run.horizon < n_control_steps:
+            return f"it is {run.horizon}, and there are {n_control_steps} control steps"
+        try:
+            run.horizon = run.horizon
+        except AttributeError:
+            return "it cannot be set, and is rounded to a multiple of the control steps"
+        return None
+
     checks = (
         _check_declarations,
+        _check_horizon,
         _check_measurement,
         _check_evaluation,
         _check_determinism,
@@ -180,6 +200,9 @@ def _check_evaluation(run: TrainingRun) -> str | None:
             return f"evaluate({split!r}) gave {first!r}"
         if not np.array_equal(first, second):
             return f"evaluate({split!r}) twice gave {first} and {second}"
+        last = run.evaluate(split, [run.n_runs - 1])
+        if not np.array_equal(last, first[-1:]):
+            return f"evaluate({split!r}, rows=[{run.n_runs - 1}]) gave {last}, of all it is {first}"
     after = _train(run).train_loss
     _start(run)
     if not np.array_equal(after, _train(run).train_loss):

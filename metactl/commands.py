@@ -18,8 +18,8 @@ class Train:
 
     run_dir: Path
     """New directory for the policy, TensorBoard files, checkpoints and the resolved config."""
-    config: str | None = None
-    """YAML file, or the name of a packaged recipe such as 'train' or 'demo'."""
+    config: Annotated[str | None, _by_default("the values in metactl/config.py")] = None
+    """YAML file, or the name of a packaged recipe: 'default' is that of the policy that ships."""
     data: Annotated[Path | None, _by_default("the Python standard library's sources")] = None
     """File or folder of text to train on."""
     rotation: str | None = None
@@ -64,7 +64,7 @@ class Apply:
     data: Annotated[Path | None, _by_default("the Python standard library's sources")] = None
     """File or folder of text to learn."""
     optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
-    """Optimizer steps per run."""
+    """Optimizer steps per run, at least 40; rounded to a multiple of the 40 control steps."""
     d_model: int | None = None
     """Channels of the transformer."""
     n_layers: int | None = None
@@ -140,7 +140,7 @@ class Evaluate:
     """Also search the best linear policy on the same signals, as PPO's rival (0: no search); it is
     left in RUN_DIR/linear, for --rival elsewhere."""
     optimizer_steps: Annotated[int | None, _by_default("as in the policy's training")] = None
-    """Optimizer steps per run."""
+    """Optimizer steps per run, at least 40; rounded to a multiple of the 40 control steps."""
     rotation: str | None = None
     """Rotation variant by name, several joined by +, e.g. givens+t5 (see docs/rotations.md)."""
     set: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)

@@ -120,6 +120,9 @@ class KnobSet:
     Args:
         knobs: In the order of the action's entries.
 
+    Raises:
+        ValueError: If there are none, or two have the same name.
+
     Example:
         >>> knobs = KnobSet([Knob(name="dropout", low=0.0, high=0.5, default=0.1)])
         >>> start = knobs.default_positions(1)
@@ -152,7 +155,11 @@ class KnobSet:
         return self.positions({}, n_runs)
 
     def positions(self, values: Mapping[str, FloatArray | float], n_runs: int) -> FloatArray:
-        """Positions `[n_runs, n_knobs]` of values; defaults where a knob has none."""
+        """Positions `[n_runs, n_knobs]` of values; defaults where a knob has none.
+
+        Raises:
+            ValueError: For a name that is no knob, or a value outside its range.
+        """
         for name in values:
             self[name]  # refuses unknown names
         columns = [knob.position(values.get(knob.name, knob.default)) for knob in self.knobs]

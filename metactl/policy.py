@@ -133,7 +133,11 @@ class Policy:
         }
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        """Actions `[n_runs, n_knobs]` in [-1, 1]."""
+        """Actions in [-1, 1], `[n_runs, n_knobs]` in the order of `card.knobs`.
+
+        Args:
+            observation: `[n_runs, n_observations]`, in the order of `card.observations`.
+        """
         weights = self._members
         x = (observation[None] - weights["mean"][:, None]) / weights["std"][:, None]
         x = np.clip(x, -self.card.clip, self.card.clip)
@@ -198,7 +202,7 @@ class Policy:
         return cls(replace(first, members=len(stacked["mean"]), evaluation={}), stacked)
 
     def member(self, index: int) -> "Policy":
-        """One of the networks by itself."""
+        """One of the networks by itself, from 0 to `card.members` - 1."""
         alone = {name: value[index] for name, value in self._members.items()}
         return Policy(replace(self.card, members=1), alone)
 
@@ -207,7 +211,11 @@ class Policy:
         return Policy(replace(self.card, evaluation=figures), self.weights)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the policy into a folder, each file atomically, the card last."""
+        """Writes the policy into a folder, each file atomically, the card last.
+
+        Raises:
+            OSError: If that cannot be written.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         blob = save_tensors({name: _compact(weight) for name, weight in self.weights.items()})

@@ -81,7 +81,8 @@ class TrainingRun(abc.ABC):
     n_runs: int
     """How many runs advance together."""
     horizon: int
-    """Optimizer steps from the start to the end of every run."""
+    """Optimizer steps from the start to the end of every run: at least as many as control steps
+    (40), and set by metactl, which rounds it to a multiple of these."""
 
     @property
     @abc.abstractmethod
@@ -107,7 +108,10 @@ class TrainingRun(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, split: str, rows: Sequence[int] | None = None) -> FloatArray:
-        """Loss on the `"probe"` or `"test"` split with dropout off, knobs in force, `[rows]`."""
+        """Loss on the `"probe"` or `"test"` split, nats per token, `[rows]` (all by default).
+
+        With dropout off and the knobs in force.
+        """
 
     @abc.abstractmethod
     def state_dict(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -133,7 +137,7 @@ class TrainingRun(abc.ABC):
         return  # most runs keep theirs
 
     def cost(self) -> FloatArray:
-        """FLOPs of one optimizer step at the knobs in force, `[n_runs]`."""
+        """FLOPs of one optimizer step at the knobs in force, or in proportion to it, `[n_runs]`."""
         return np.ones(self.n_runs)
 
     def copy_rows(self, source: Sequence[int], target: Sequence[int]) -> None:
@@ -159,6 +163,9 @@ class SingleRuns(TrainingRun):
     Args:
         build: Makes one plant; it may raise `Diverged` from `advance`.
         n_runs: How many.
+
+    Raises:
+        ValueError: If a plant is not one run.
     """
 
     def __init__(self, build: Callable[[], TrainingRun], n_runs: int) -> None:

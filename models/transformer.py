@@ -24,6 +24,7 @@ class AdaptiveTransformer(nn.Module):
     """Decoder-only transformer whose parameters all carry a leading replica dimension.
 
     Pre-norm blocks (RMSNorm, arXiv 1910.07467) with rotary attention and a GELU or SwiGLU layer.
+    Weights are zero until `initialise`.
     The knobs are tensors of shape `[n_replicas]` held in buffers and changed in place by
     `set_knobs`; they are part of `state_dict`. Derived tables are rebuilt when a knob moves, and
     only then.

@@ -84,6 +84,9 @@ class ModelKnob(KnobAdapter):
 class FunctionKnob(KnobAdapter):
     """A knob of the user's own: two functions.
 
+    `attach` writes two values on trial, which must be read back (to 1e-6 of them), and then the one
+    that was there. Whether a value has an effect is not tried.
+
     Args:
         knob: Name, range and scale.
         read: Returns the value in force.

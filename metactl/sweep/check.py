@@ -33,7 +33,7 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
     if not config.is_population:
         return
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
-        raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install 'metactl[pb2]'")
+        raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install scikit-learn")
     about = abouts[0]
     if config.every >= about["n_control_steps"]:
         raise ConfigError(

@@ -34,7 +34,7 @@ def require_searcher(config: SweepConfig) -> None:
     if config.searcher != "optuna":
         return
     if find_spec("optuna") is None:
-        raise ConfigError("searcher 'optuna' needs optuna: pip install 'metactl[optuna]'")
+        raise ConfigError("searcher 'optuna' needs optuna: pip install optuna")
     if not _drawn(config):
         raise ConfigError("searcher 'optuna' has nothing to choose: space holds grids alone")
     for key, values in _drawn(config).items():

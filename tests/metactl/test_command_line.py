@@ -429,6 +429,25 @@ def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
     assert "4 problems" in out  # resetting one run also resets its neighbour
 
 
+def test_check_finds_what_only_whole_runs_would_stumble_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = "horizon = property(lambda self: 20)"
+    all_rows = "[slice(None) if rows is None else list(rows)]"
+    assert all_rows in FAULTY_RUN
+    faulty = FAULTY_RUN.replace("n_runs, horizon = 2, 40", f"n_runs = 2\n    {fixed}")
+    (tmp_path / "my_other_run.py").write_text(faulty.replace(all_rows, ""))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert metactl("check", "my_other_run:Forgetful") == 1
+    out = capsys.readouterr().out
+    assert "it is 20, and there are 40 control steps" in out
+    assert "evaluate('probe', rows=[1]) gave [" in out
+    (tmp_path / "my_fixed_run.py").write_text(faulty.replace("20)", "40)"))
+    assert metactl("check", "my_fixed_run:Forgetful") == 1
+    assert "it cannot be set, and is rounded" in capsys.readouterr().out
+
+
 def test_train_finds_a_module_where_the_user_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import DOCUMENTS, written
+from metactl.signals import INTERNAL, UNIVERSAL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +33,12 @@ def test_every_file_of_the_tree_is_named_in_the_readme() -> None:
     assert len(files) > 20
     missing = [str(path.relative_to(ROOT)) for path in files if path.name not in readme]
     assert missing == []
+
+
+def test_the_signals_are_explained_as_they_are_in_the_code() -> None:
+    told = (ROOT / "docs" / "apply.md").read_text().replace("\\|", "|")
+    for signal in (*UNIVERSAL, *INTERNAL):
+        assert f"| `{signal.name}` | {(signal.function.__doc__ or '').rstrip('.')} |" in told
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
