@@ -319,7 +319,16 @@ class Controller:
             everything = knobs is None and not isinstance(self.controller, Learned)
             level = logging.INFO if everything else logging.WARNING
             logger.log(level, "metactl leaves alone what it cannot move: %s", _listed(missing))
-        return {adapter.knob.name: adapter for adapter in found}
+        by_name = {adapter.knob.name: adapter for adapter in found}
+        if isinstance(self.controller, Learned):
+            moved = [knob.name for knob in self.controller.policy.card.knobs]
+            still = [name for name in by_name if name not in moved]
+            if still:
+                logger.warning(
+                    "metactl: the policy never moves %s, which it did not learn to; it moves %s",
+                    *(", ".join(names) for names in (still, moved)),
+                )
+        return by_name
 
 
 def check_trainers_options(options: Mapping[str, Any]) -> None:

@@ -331,6 +331,19 @@ def test_a_knob_of_the_users_own_moves_and_a_dead_one_is_refused():
         Loop(moving(), knobs=[dead])
 
 
+def test_a_knob_that_the_policy_does_not_know_is_warned_of(caplog):
+    knob = Knob(name="smoothing", low=0.0, high=0.3, default=0.1)
+    state = {"smoothing": 0.1}
+    own = FunctionKnob(
+        knob, lambda: state["smoothing"], lambda value: state.update(smoothing=value)
+    )
+    with caplog.at_level(logging.WARNING, logger="metactl"):
+        loop = Loop(Controller.from_pretrained("default"), knobs=["dropout", own]).train(STEPS)
+    assert len(loop.decisions) > 0 and state == {"smoothing": 0.1}
+    (record,) = caplog.records
+    assert "never moves smoothing" in record.message and "it moves rope_base" in record.message
+
+
 def broken(**changes):
     run = Loop()
     options = {"model": run.model, "optimizer": run.optimizer, "total_steps": STEPS, **changes}
