@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import os
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +50,15 @@ class Corpus:
         return bounds[split]
 
 
+@cache
 def standard_library() -> Corpus:
     """The Python standard library's own sources: real text that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1])
-    ]
-    return _from_files("Python standard library", root, files)
+    files = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in _SKIPPED_FOLDERS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return _from_files("Python standard library", root, sorted(files))
 
 
 def load_corpus(path: str | Path | None) -> Corpus:
