@@ -141,7 +141,8 @@ def _save_model(model: torch.nn.Module, folder: Path) -> None:
     """Weights as safetensors, the shape as JSON where the model knows it."""
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: what is tied in the model shares its memory, which the format does not know.
-    tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    state = model.state_dict().items()
+    tensors = {name: t.detach().clone() for name, t in state if isinstance(t, torch.Tensor)}
     tensors = {name: t.contiguous() for name, t in tensors.items()}
     write_atomically(folder / "model.safetensors", save(tensors))
     config = getattr(model, "config", None)

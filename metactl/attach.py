@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 MODES = ("act", "shadow", "off")
 _TRAINERS = ("model", "optimizer", "total_steps")  # what a trainer's callback knows by itself
 _controlled: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_at_work: "weakref.WeakValueDictionary[int, BaseController]" = weakref.WeakValueDictionary()
 _moved: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
 """The knobs of each model, and of nothing else, that controllers move now."""
 
@@ -137,6 +138,7 @@ class Controller:
         knobs: Sequence[str | KnobAdapter] | None = None,
         on_unsupported: str | None = None,
         example: Any = None,
+        compiled: bool | None = None,
         log: Any = None,
     ) -> None:
         """Takes charge of a training run; every knob is tried first, and put back.
@@ -154,6 +156,8 @@ class Controller:
             on_unsupported: What becomes of a knob that this run does not have: `"mask"` leaves it
                 out with a warning, `"raise"` refuses. By default asked-for knobs raise.
             example: An input of the model, for trying knobs; token ids by default.
+            compiled: Whether the model runs through `torch.compile`, where that does not show: a
+                trainer compiles it, or you attach what is inside.
             log: A TensorBoard `SummaryWriter`, or a function of (tag, value, step).
 
         Raises:
@@ -165,12 +169,14 @@ class Controller:
         if mode == "off":
             self._attached = True
             return
+        if _at_work.get(id(self.controller)) is self.controller:
+            raise AttachError("this rule is at work in another run; make one for each")
         if optimizer in _controlled:
             raise AttachError("this optimizer has a controller already; detach that one first")
         written = Log(log, strict=self.strict)
         tokens = (tokens_per_step, unique_tokens)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
-        adapters = self._find(knobs, model, optimizer, on_unsupported, example)
+        adapters = self._find(knobs, model, optimizer, on_unsupported, (example, compiled))
         held = {name for name, adapter in adapters.items() if isinstance(adapter, ModelKnob)}
         others = _moved.setdefault(unwrapped(model), set())
         try:
@@ -193,6 +199,7 @@ class Controller:
             )
             self._attached = True
             _controlled.add(optimizer)
+            _at_work[id(self.controller)] = self.controller
             self._held = (others, held if mode == "act" else set())
             others |= self._held[1]
         except Exception as error:
@@ -246,6 +253,7 @@ class Controller:
         if self._run is not None:
             run, self._run = self._run, None
             _controlled.discard(run.optimizer)
+            _at_work.pop(id(self.controller), None)
             others, held = self._held
             others -= held
             run.close(restore=restore)
@@ -300,7 +308,7 @@ class Controller:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         on_unsupported: str | None,
-        example: Any,
+        shown: tuple[Any, bool | None],
     ) -> dict[str, KnobAdapter]:
         missing: dict[str, str] = {}
         wanted: Sequence[str | KnobAdapter] = KNOWN if knobs is None else knobs
@@ -308,7 +316,7 @@ class Controller:
             names = [knob.name for knob in self.controller.policy.card.knobs]
             missing = {n: "no way to move it in this model" for n in names if n not in KNOWN}
             wanted = [name for name in names if name in KNOWN]
-        found, refused = find_adapters(wanted, model, optimizer, example)
+        found, refused = find_adapters(wanted, model, optimizer, *shown)
         missing |= refused
         strict = knobs is not None if on_unsupported is None else on_unsupported == "raise"
         if not found or (missing and strict):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metactl.adapters import AttachError, KnobAdapter
 from metactl.adapters.trial import sealed
-from metactl.arrays import from_json, to_json
+from metactl.arrays import to_json
 from metactl.controllers import BaseController, Guard
 from metactl.homeostasis import Balance, SetPoints
 from metactl.knobs import KnobSet
@@ -105,7 +105,8 @@ class Attachment:
         self._knobs = KnobSet([adapter.knob for adapter in adapters.values()])
         self._codec = Codec(self._knobs)
         self._history = History(1, self._n + 1)
-        self._guard = Guard(controller, n_control_steps=self._n, strict=strict)
+        self._guard = Guard(controller, strict=strict)
+        self._guard.keep_pace(self._n)
         self._guard.begin(self._codec, 1)
         self._written = {name: adapter.read() for name, adapter in adapters.items()}
         self._positions = self._position_of(self._written)
@@ -144,15 +145,17 @@ class Attachment:
         A knob that cannot be put back is named in a warning; the others are.
         """
         self._meter.close()
+        failures = []
         for name, adapter in self.adapters.items():
             try:
                 if restore:
                     adapter.restore()
                 adapter.close()
-            except Exception:
-                if self._strict:
-                    raise
+            except Exception as error:
+                failures.append(error)
                 logger.warning("metactl: knob %r cannot be put back", name, exc_info=True)
+        if failures and self._strict:
+            raise failures[0]
 
     def state_dict(self) -> dict[str, Any]:
         """All that determines how the controller goes on, as JSON values."""
@@ -164,7 +167,7 @@ class Attachment:
             "index": self._index,
             "positions": dict(zip(self._written, to_json(self._positions[0]), strict=True)),
             "last_moves": dict(zip(self._written, to_json(self._last_moves[0]), strict=True)),
-            "history": {name: to_json(column) for name, column in self._history.columns.items()},
+            "history": self._history.state_dict(),
             "meter": self._meter.state_dict(),
             "guard": self._guard.state_dict(),
             "balance": self._balance.state_dict(),
@@ -177,7 +180,7 @@ class Attachment:
             AttachError: If it is damaged, or of another run.
         """
         self._require_knobs(state)
-        before = self._meter.state_dict(), self._guard.state_dict()
+        before = self._meter.state_dict(), self._guard.state_dict(), self._history.columns
         try:
             written, positions, last_moves = (
                 self._numbers_of(state[name]) for name in ("knobs", "positions", "last_moves")
@@ -187,10 +190,8 @@ class Attachment:
             total, index = int(state["total"]), int(state["index"])
             if total < 2 or index < 0:
                 raise ValueError(f"control step {index} of {total} optimizer steps")
-            columns = {
-                name: from_json(state["history"][name], column)
-                for name, column in self._history.columns.items()
-            }
+            n = np.shape(state["history"]["progress"])[-1] - 1
+            self._history.load_state_dict(state["history"])
             self._meter.load_state_dict(state["meter"])
             if self._known_total and self._meter.steps > self._total:
                 raise ValueError(f"it took {self._meter.steps} optimizer steps of {self._total}")
@@ -200,12 +201,12 @@ class Attachment:
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._meter.load_state_dict(before[0])
             self._guard.load_state_dict(before[1])
+            self._history.columns = before[2]
             raise AttachError(f"the state does not fit this run: {error}") from error
         self._index, self._written = index, written
         self._positions[0] = list(positions.values())
         self._last_moves[0] = list(last_moves.values())
-        self._history.columns = columns
-        self._go_on_as_of(total)
+        self._go_on_as_of(total, n)
         self._write(written)
         self._arm()
 
@@ -225,8 +226,8 @@ class Attachment:
         for name, value in values.items() if self.act else ():
             self.adapters[name].write(value)
 
-    def _require_knobs(self, state: Mapping[str, Any]) -> None:
-        known = state.get("knobs", {})
+    def _require_knobs(self, state: Any) -> None:
+        known = state.get("knobs", {}) if isinstance(state, Mapping) else state
         if not isinstance(known, Mapping):
             raise AttachError(f"the state does not fit this run: its knobs are {known!r}")
         if set(known) != set(self.adapters):
@@ -241,16 +242,15 @@ class Attachment:
             raise ValueError(f"knobs must be finite, got {numbers}")
         return numbers
 
-    def _go_on_as_of(self, total: int) -> None:
-        """After loading the state of a run of so many optimizer steps."""
+    def _go_on_as_of(self, total: int, n_control_steps: int) -> None:
+        """After loading the state of a run of so many optimizer and control steps."""
         if not self._known_total:
             self._total = total
-        elif total != self._total:
+        elif total != self._total or n_control_steps != self._n:
             logger.warning(
-                "metactl: the run was to have %d optimizer steps and has %d now; the controller "
-                "goes on as of that",
-                total,
-                self._total,
+                "metactl: the run was to have %d optimizer steps (%d control steps), now it has %d "
+                "(%d); the controller goes on as of that",
+                *(total, n_control_steps, self._total, self._n),
             )
             self._index = self._n * self._meter.steps // self._total
             self._history.columns["progress"] *= total / self._total
@@ -281,8 +281,11 @@ class Attachment:
         action = self._guard.act(observation, measurement.diverged)
         moved = self._knobs.move(self._positions, action, progress=1 / self._n)
         moved = self._ranks.gather(moved[0].tolist())[:1]  # the first process decides
-        values = {name: float(v[0]) for name, v in self._knobs.values(moved).items()}
         previous = dict(self._written)
+        values = dict(previous)  # also where somebody has set one out of range
+        for i, (name, value) in enumerate(self._knobs.values(moved).items()):
+            if moved[0, i] != self._positions[0, i]:
+                values[name] = float(value[0])
         if self.act:
             self._together(lambda: self._apply(values, moved))
         suffix = "" if self.act else "_proposed"
@@ -380,10 +383,7 @@ class Attachment:
         return loss
 
     def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
-        inside = {
-            knob.name: min(max(values[knob.name], knob.low), knob.high)
-            for knob in self._knobs.knobs
-        }
+        inside = {k.name: min(max(values[k.name], k.low), k.high) for k in self._knobs}
         return self._knobs.positions(inside, 1)
 
     def _arm(self) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,8 +162,9 @@ def _start(run: TrainingRun, seed: int = 1) -> None:
     run.apply(knobs.values(knobs.default_positions(run.n_runs)))
 
 
-def _train(run: TrainingRun, n_steps: int = 2) -> Measurement:
-    return run.advance(n_steps)
+def _train(run: TrainingRun, n_steps: int = 2) -> Any:
+    """What advance returned; arrays as they are now, since the run may go on to write in them."""
+    return deepcopy(run.advance(n_steps))
 
 
 def _check_declarations(run: TrainingRun) -> str | None:
@@ -229,10 +231,18 @@ def _check_state(run: TrainingRun) -> str | None:
     _train(run)
     rows = list(range(run.n_runs))
     state = run.state_dict(rows)
+    last = run.state_dict(rows[-1:])
     first = _train(run).train_loss
     run.load_state_dict(rows, state)
     second = _train(run).train_loss
-    return None if np.array_equal(first, second) else f"went on to {first}, restored to {second}"
+    if not np.array_equal(first, second):
+        return f"went on to {first}, restored to {second}"
+    run.load_state_dict(rows, state)
+    run.load_state_dict(rows[-1:], last)
+    third = _train(run).train_loss
+    if not np.array_equal(first, third):
+        return f"went on to {first}, with rows={rows[-1:]} restored alone to {third}"
+    return None
 
 
 def _check_rows(run: TrainingRun) -> str | None:

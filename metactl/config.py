@@ -19,7 +19,10 @@ STRICT = ConfigDict(extra="forbid")  # an unknown key is refused
 _MAX_BYTES, _MAX_NODES = 1 << 20, 100_000  # of a configuration
 T = TypeVar("T")
 # What PyYAML raises: also for nesting too deep, a day that does not exist, a tag it half knows.
-_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError)
+UNREADABLE = (
+    *(yaml.YAMLError, ValueError, LookupError, RecursionError),
+    *(AttributeError, TypeError),
+)
 
 
 class ConfigError(ValueError):
@@ -219,7 +222,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"Config {str(path)!r} cannot be read: {reason}") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"Config {str(path)!r} is not YAML: {reason}") from error
     if values is None:
@@ -308,7 +311,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
         parsed = _load_yaml(value)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         shown = value if len(value) < 80 else f"{value[:80]}..."
         raise ConfigError(f"--set {key}: {shown!r} is not a YAML value") from error
     if isinstance(parsed, str):

@@ -26,9 +26,18 @@ from metactl.evaluation.place import Counter
 from metactl.policy import Policy
 from metactl.progress import Progress, bar, console
 from metactl.report import draw_compared, gap_sentence, paired_table
-from metactl.rundir import LOCK, RunDirectoryError, lock, open_run_directory, write_json
+from metactl.rundir import (
+    LOCK,
+    RunDirectoryError,
+    kind_of,
+    lock,
+    open_run_directory,
+    write_json,
+)
 from metactl.shards import default_workers
 from metactl.train import train
+
+_LEFT = ("config.yaml", "tb", "checkpoints", "policy", "demo.png", "summary.json", LOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +140,15 @@ def clear_demo(run_dir: Path) -> None:
     if not run_dir.exists():
         return
     record = run_dir / "config.yaml"
-    if not record.is_file() or "kind: demo" not in record.read_text(errors="replace"):
+    if not record.is_file() or kind_of(record) != "demo":
         raise RunDirectoryError(
             f"Run directory {str(run_dir)!r} exists and holds no demo; choose another"
+        )
+    foreign = [path.name for path in run_dir.iterdir() if not _is_of_demo(path.name)]
+    if foreign:
+        raise RunDirectoryError(
+            f"Run directory {str(run_dir)!r} holds {foreign[0]!r} beside an earlier demo; choose "
+            f"another"
         )
     lock(run_dir)
     for path in sorted(run_dir.iterdir(), key=lambda path: path == record):  # killed, go on
@@ -141,3 +156,7 @@ def clear_demo(run_dir: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def _is_of_demo(name: str) -> bool:
+    return name in _LEFT or (name.startswith(".") and name.endswith(".tmp"))

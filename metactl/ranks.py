@@ -48,6 +48,9 @@ class Ranks:
             return measurement
         fields = {k: v for k, v in measurement.arrays().items() if k != "diverged"}
         own = [np.nan if value is None else float(value[0]) for value in fields.values()]
+        probe = list(fields).index("probe_loss")
+        if measurement.probe_loss is not None and not np.isfinite(own[probe]):
+            own[probe] = np.inf  # measured, where NaN is not
         rows = self.gather(own)
         known = np.isfinite(rows)
         sums = np.where(known, rows, 0.0).sum(axis=0)
@@ -58,4 +61,6 @@ class Ranks:
         }
         loss = rows[:, list(fields).index("train_loss")].mean(keepdims=True)
         averaged["train_loss"] = loss
+        if np.isinf(rows[:, probe]).any():
+            averaged["probe_loss"] = np.array([np.inf])
         return Measurement(diverged=~np.isfinite(loss), **averaged)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from metactl.config import ConfigError
+from metactl.config import UNREADABLE, ConfigError
 from metactl.files import read_bytes, require_place, write_atomically
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -21,6 +21,7 @@ LOCK = ".lock"
 _locks: dict[tuple[int, int], int] = {}  # by lock file: what keeps it, until this process ends
 _EMPTY = ("config.yaml", "tb", LOCK)
 _LARGEST = 1 << 22  # bytes of a record
+_DAMAGE = (OSError, *UNREADABLE, LookupError)  # of a record
 _PACKAGES = ("metactl", "torch", "gymnasium", "stable-baselines3", "numpy")
 
 
@@ -137,11 +138,24 @@ def _record(kind: str, config: Mapping[str, Any]) -> str:
     return yaml.safe_dump({**header, "config": dict(config)}, sort_keys=False)
 
 
+def kind_of(record: Path) -> str | None:
+    """The command whose record a file is; None if it is none."""
+    try:
+        return _read_record(record)[0]
+    except _DAMAGE:
+        return None
+
+
+def _read_record(record: Path) -> tuple[str, Any]:
+    held = yaml.safe_load(read_bytes(record, _LARGEST))
+    held["versions"]  # which a foreign file of that name has not
+    return str(held["kind"]), held["config"]
+
+
 def _require_same(record: Path, kind: str, config: Mapping[str, Any]) -> None:
     try:
-        held = yaml.safe_load(read_bytes(record, _LARGEST))
-        held_kind, held_config = held["kind"], held["config"]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
+        held_kind, held_config = _read_record(record)
+    except _DAMAGE as error:
         raise RunDirectoryError(f"{str(record)!r} is damaged and cannot be resumed") from error
     if held_kind != kind:
         raise RunDirectoryError(

@@ -7,9 +7,11 @@ on small runs reads large ones. A signal that a run cannot give is 0 and its gro
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from metactl.arrays import from_json, to_json
 from metactl.errors import unknown_name
 from metactl.knobs import FloatArray, KnobSet
 from metactl.run import Measurement
@@ -68,6 +70,23 @@ class History:
     def __len__(self) -> int:
         """How many measurements there are, of runs side by side."""
         return int(np.isfinite(self.columns["progress"][0]).sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All columns, as JSON values."""
+        return {name: to_json(column) for name, column in self.columns.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes in the columns of a history of any length, thinned where they do not fit."""
+        n_runs, length = self.columns["progress"].shape
+        there = np.shape(state["progress"])[-1]
+        like = np.empty((n_runs, there))
+        self.columns = {name: from_json(state[name], like) for name in self.columns}
+        while len(self) > length:
+            self.thin()
+        missing = max(length - there, 0)
+        for name, column in self.columns.items():
+            padded = np.pad(column, ((0, 0), (missing, 0)), constant_values=np.nan)
+            self.columns[name] = padded[:, -length:]
 
     def thin(self) -> None:
         """Forgets every other measurement of runs side by side, but not how they began.

@@ -23,7 +23,9 @@ KNOWN = (*ADAPTIVE_KNOBS, "learning_rate_multiplier", "weight_decay")
 _Maker = Callable[[], KnobAdapter]
 
 
-def _makers(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any) -> dict[str, _Maker]:
+def _makers(
+    model: nn.Module, optimizer: torch.optim.Optimizer, example: Any, compiled: bool | None
+) -> dict[str, _Maker]:
     """What makes each knob's adapter for this model; knobs that it cannot have are not there."""
     trial = make_trial(model, example)
     makers: dict[str, _Maker] = {
@@ -37,8 +39,8 @@ def _makers(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any) ->
     longest = length_of(example)
     return makers | {
         "rope_base": lambda: RopeBaseKnob(model, trial, longest),
-        "attention_span": lambda: AttentionSpanKnob(model, trial, longest),
-        "dropout": lambda: DropoutKnob(model, trial),
+        "attention_span": lambda: AttentionSpanKnob(model, trial, longest, compiled=compiled),
+        "dropout": lambda: DropoutKnob(model, trial, compiled=compiled),
     }
 
 
@@ -47,6 +49,7 @@ def find_adapters(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     example: Any = None,
+    compiled: bool | None = None,
 ) -> tuple[list[KnobAdapter], dict[str, str]]:
     """The adapters that proved to work, and by name why others did not.
 
@@ -55,14 +58,15 @@ def find_adapters(
         model: The model.
         optimizer: Its optimizer.
         example: An input for the trial; see `metactl.adapters.trial.make_trial`.
+        compiled: Whether the model runs through `torch.compile`; by default as it looks.
 
     Raises:
         AttachError: For what is neither a known name nor an adapter, and for a name twice.
     """
-    makers = _makers(model, optimizer, example)
+    makers = _makers(model, optimizer, example, compiled)
     found: list[KnobAdapter] = []
     missing: dict[str, str] = {}
-    if isinstance(wanted, str):
+    if not isinstance(wanted, Sequence) or isinstance(wanted, str):
         raise AttachError(f"knobs must be a list of names and adapters, got {wanted!r}")
     for entry in wanted:
         if isinstance(entry, str) and entry not in KNOWN:

@@ -107,7 +107,7 @@ class FunctionKnob(KnobAdapter):
         self, knob: Knob, read: Callable[[], float], write: Callable[[float], object]
     ) -> None:
         self.knob, self._read, self._write = knob, read, write
-        self._original = read()
+        self._original = self.read()
 
     def read(self) -> float:
         return float(self._read())
@@ -127,7 +127,7 @@ class FunctionKnob(KnobAdapter):
                 self.restore()
             if abs(read - there) > 1e-6 * max(abs(there), 1e-6):
                 raise AttachError(f"{there:g} was written and {read:g} read back")
-        if self._read() != self._original:
+        if self.read() != self._original:
             raise AttachError("moving it back does not restore it")
 
 
@@ -149,14 +149,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of a model and of those inside it, each once."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
 def longest_sequence(config: Any, *limits: float | None) -> float | None:
     """The smallest of some limits and of what a transformers config allows, in tokens."""
     allowed = getattr(config, "max_position_embeddings", None)
     return min((float(limit) for limit in (*limits, allowed) if limit), default=None)
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any part of the model runs through `torch.compile`."""
+def is_compiled(model: nn.Module, said: bool | None = None) -> bool:
+    """Whether a part of the model runs through `torch.compile`: as it looks, unless it is said."""
+    if said is not None:
+        return said
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from metactl.adapters.base import AttachError, ModelKnob, is_compiled, unwrapped
+from metactl.adapters.base import AttachError, ModelKnob, configs_of, is_compiled, unwrapped
 from metactl.knobs import Knob
 
 _NAMES = (  # of probabilities, in modules and in configs
@@ -30,30 +30,35 @@ _NAMES = (  # of probabilities, in modules and in configs
 class DropoutKnob(ModelKnob):
     """Moves all dropout probabilities together, keeping their proportions.
 
-    The value is the largest probability. Where all are 0, all get the value. Entries of a
-    model's `config` follow, so that a saved checkpoint carries the value in force. Under
-    `torch.compile`, where every new probability compiles anew, there are only a few levels.
+    The value is the largest probability. Where all are 0, all get the value. Entries of the
+    `config` of a model, or of one inside it, follow, so that a saved checkpoint carries the value
+    in force. Under `torch.compile`, where every new probability compiles anew, there are only a few
+    levels.
 
     Args:
         model: The model.
         trial: Computes the model's output in the given mode.
+        compiled: Whether it runs through `torch.compile`; by default as it looks.
     """
 
-    def __init__(self, model: nn.Module, trial: Callable[[bool], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, trial: Callable[[bool], Tensor], *, compiled: bool | None = None
+    ) -> None:
         super().__init__(model, lambda: trial(True))
         inner = unwrapped(model)
         modules = list(_module_places(inner))
         if not modules:
             raise AttachError("the model has no dropout module and no dropout attribute")
-        config = getattr(inner, "config", None)
+        configs = configs_of(inner)
         self._lead = modules[0]
         for place in modules:
             if getattr(*place) > getattr(*self._lead):
                 self._lead = place
-        places = [*modules, *((config, name) for name in _NAMES if _is_settable(config, name))]
+        written = [(c, name) for c in configs for name in _NAMES if _is_settable(c, name)]
+        places = [*modules, *written]
         self._places = [(owner, name, getattr(owner, name)) for owner, name in places]
         self._first = float(getattr(*self._lead))
-        self.knob = _knob(self._first, is_compiled(model))
+        self.knob = _knob(self._first, is_compiled(model, compiled))
 
     def read(self) -> float:
         return float(getattr(*self._lead))

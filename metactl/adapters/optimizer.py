@@ -1,6 +1,8 @@
 """Knobs of any torch optimizer: a multiplier of its learning rate, and its weight decay."""
 
 import inspect
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ class LearningRateKnob(KnobAdapter):
         if forgotten is not None:
             forgotten.remove_hooks()
         self.optimizer = optimizer
-        self._kept: list[Any] = []
+        self._kept: list[tuple[Any, Any]] = []  # by group: its rate, and what is in force
         self.write(float(optimizer.param_groups[0].get(_KEY, 1.0)))
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._multiply()),
@@ -47,6 +49,22 @@ class LearningRateKnob(KnobAdapter):
             # A checkpoint that is made where a step raised must not hold the multiplied rate.
             optimizer.register_state_dict_pre_hook(lambda *_: self._return()),
         ]
+        self._before = optimizer.__dict__.get("step")  # a scheduler's, say
+        self._step = self._returning(optimizer)
+        optimizer.__dict__["step"] = self._step
+
+    def _returning(self, optimizer: torch.optim.Optimizer) -> MethodType:
+        """The optimizer's step, after which the rates are its own, also where it raised."""
+        plain = optimizer.step
+
+        @wraps(getattr(plain, "__func__", plain))
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._return()
+
+        return MethodType(step, optimizer)  # bound, as schedulers want it
 
     def read(self) -> float:
         return float(self.optimizer.param_groups[0].get(_KEY, 1.0))
@@ -69,6 +87,10 @@ class LearningRateKnob(KnobAdapter):
     def remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self.optimizer.__dict__.get("step") is self._step:  # else it is inside of another
+            del self.optimizer.__dict__["step"]
+            if self._before is not None:
+                self.optimizer.__dict__["step"] = self._before
 
     def verify(self) -> None:
         def update(value: float) -> Tensor:
@@ -89,17 +111,17 @@ class LearningRateKnob(KnobAdapter):
         for group in self.optimizer.param_groups:
             rate, factor = group["lr"], group.get(_KEY, everywhere)
             if isinstance(rate, Tensor):  # in place: a captured graph reads this very tensor
-                self._kept.append(rate.clone())
+                self._kept.append((rate.clone(), None))
                 rate.mul_(factor)
             else:
-                self._kept.append(rate)
                 group["lr"] = rate * factor
+                self._kept.append((rate, group["lr"]))
 
     def _return(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._kept, strict=False):
+        for group, (rate, raised) in zip(self.optimizer.param_groups, self._kept, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].copy_(rate)
-            else:
+            elif group["lr"] == raised:  # else somebody has set another since
                 group["lr"] = rate
         self._kept = []
 

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metactl.adapters.base import AttachError, ModelKnob, is_compiled, longest_sequence, unwrapped
+from metactl.adapters.base import (
+    AttachError,
+    ModelKnob,
+    configs_of,
+    is_compiled,
+    longest_sequence,
+    unwrapped,
+)
 from metactl.knobs import Knob
 
 _KEY, _LONGEST = "attention_span", "attention_span_longest"  # in the model's config
@@ -54,6 +61,7 @@ class SpanHolder:
     def __init__(self, model: nn.Module, longest: float) -> None:
         self.longest = longest
         layers = attention_layers(model)
+        self._ends = layers[0], layers[-1]  # of a forward pass
         self._span = torch.zeros((), device=next(layers[0].parameters()).device)
         self._known: tuple[Any, Tensor] | None = None  # the layer before: what it had, and got
         self.set(longest)
@@ -84,10 +92,12 @@ class SpanHolder:
             key = (hidden.shape[1], _n_keys(layer, hidden, kwargs), hidden.dtype, hidden.device)
         if torch.compiler.is_compiling():
             made = self._made(key)
-        else:  # layers mostly share their mask
-            if self._known is None or not _is_same(self._known[0], key):
+        else:  # layers mostly share their mask; the next pass may have another in its place
+            if self._known is None or layer is self._ends[0] or not _is_same(self._known[0], key):
                 self._known = key, self._made(key)
             made = self._known[1]
+            if layer is self._ends[1]:
+                self._known = None
         return args, {**kwargs, "attention_mask": made}
 
     def _made(self, key: Any) -> Tensor:
@@ -130,20 +140,25 @@ def hold_span(model: nn.Module) -> None:
         AttachError: If the model's attention cannot be narrowed.
     """
     inner = unwrapped(model)
-    span = getattr(getattr(inner, "config", None), _KEY, None)
-    if span is not None and not hasattr(inner, _HOLDER):
-        _check(inner)
+    spans = [span for config in configs_of(inner) if (span := getattr(config, _KEY, None))]
+    if spans and not hasattr(inner, _HOLDER):
+        (span, *_) = spans
+        _checked(inner)
         holder = SpanHolder(inner, math.inf)
         holder.set(float(span))
         setattr(inner, _HOLDER, holder)
 
 
-def _check(model: nn.Module) -> None:
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if kind is None or not attention_layers(model):
+def _checked(model: nn.Module) -> Any:
+    """The config of the attention layers, if they can be narrowed."""
+    own = getattr(model, "config", None)
+    configs = [getattr(layer, "config", own) for layer in attention_layers(model)]
+    kinds = {getattr(config, "_attn_implementation", None) for config in configs}
+    if not kinds or None in kinds:
         raise AttachError("the model has no causal attention layers as transformers makes them")
-    if kind not in _ATTENTIONS:
+    for kind in kinds - set(_ATTENTIONS):
         raise AttachError(f"it needs eager or sdpa attention, the model has {kind!r}")
+    return configs[0]
 
 
 class AttentionSpanKnob(ModelKnob):
@@ -157,19 +172,25 @@ class AttentionSpanKnob(ModelKnob):
         model: The model.
         trial: Computes the model's output in the given mode.
         longest: Longest sequence in tokens; without it, what the config allows.
+        compiled: Whether it runs through `torch.compile`; by default as it looks.
     """
 
     def __init__(
-        self, model: nn.Module, trial: Callable[[bool], Tensor], longest: int | None = None
+        self,
+        model: nn.Module,
+        trial: Callable[[bool], Tensor],
+        longest: int | None = None,
+        *,
+        compiled: bool | None = None,
     ) -> None:
         super().__init__(model, lambda: trial(False))
+        compiled = is_compiled(model, compiled)
         inner = unwrapped(model)
-        _check(inner)
-        self._inner, self._config = inner, inner.config
+        self._inner, self._config = inner, _checked(inner)
         windowed = hasattr(self._config, "sliding_window") and not self._of(_LAYER_TYPES)
         window = self._of("sliding_window") if windowed else None
         written = [_KEY, _LONGEST]
-        if windowed and not is_compiled(model):  # a window of whole tokens compiles anew each time
+        if windowed and not compiled:  # a window of whole tokens compiles anew each time
             written.append("sliding_window")
         self._entries = {name: self._of(name, _MISSING) for name in written}
         # A config that carries a longest span was left by a controller, and so may its window be.
@@ -184,7 +205,7 @@ class AttentionSpanKnob(ModelKnob):
             self._first = min(self._window_in_force(window), high)
             held = SpanHolder(inner, high)
             setattr(inner, _HOLDER, held)
-            if is_compiled(model):
+            if compiled:
                 torch.compiler.reset()
         self._holder = held
         held.set(self._first)

@@ -25,7 +25,9 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
     """
     modules = [] if model is None else list(model.modules())
     flags = [module.training for module in modules]
-    buffers = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
+    plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    buffers = [(module, dict(module._buffers)) for module in plain]
+    values = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     cached = torch.is_autocast_cache_enabled()
@@ -46,8 +48,11 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
             model.train(flags[0])  # by its own way: some merge weights, and part them again
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
+        for module, held in buffers:  # a forward pass may have put others in their places
+            module._buffers.clear()
+            module._buffers.update(held)
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 

@@ -31,6 +31,10 @@ class BaseController(abc.ABC):
     n_runs: int
     memory: tuple[str, ...] = ()
 
+    def keep_pace(self, n_control_steps: int) -> None:
+        """Is told, before `begin`, how many control steps the runs have."""
+        return  # most do not care
+
     def begin(self, codec: Codec, n_runs: int) -> None:
         """Prepares for `n_runs` new runs whose observations `codec` puts together."""
         self.codec, self.n_runs = codec, n_runs

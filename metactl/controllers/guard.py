@@ -9,9 +9,10 @@ import numpy as np
 from metactl.arrays import to_json
 from metactl.controllers.base import BaseController
 from metactl.homeostasis import BALANCE
-from metactl.signals import Codec
+from metactl.signals import BOUND, Codec
 
 logger = logging.getLogger(__name__)
+_NEITHER = 1e-6  # above the best log loss: no improvement, nor out of the band
 
 
 class Guard(BaseController):
@@ -57,6 +58,10 @@ class Guard(BaseController):
         self.share = 1 / n_control_steps
         self.failed = False
 
+    def keep_pace(self, n_control_steps: int) -> None:
+        self.share = 1 / n_control_steps
+        self.controller.keep_pace(n_control_steps)
+
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
         self.controller.begin(codec, n_runs)
@@ -87,8 +92,8 @@ class Guard(BaseController):
         wanted = self._ask(observation)
         finite = np.asarray(np.isfinite(wanted).all(axis=1))
         actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
-        loss = self.loss(observation)
         self._forget_other_losses(observation)
+        loss = self._judged(observation)
         if diverged is not None:
             loss = np.where(diverged, np.inf, loss)
         recovers = (loss > self._best) & (loss < self._worst - self.band)
@@ -117,6 +122,12 @@ class Guard(BaseController):
             for row in zip(inside, finite, lost, rise, np.where(upset, drive, np.nan), strict=True)
         ]
         return np.where(inside[:, None], actions, back)
+
+    def _judged(self, observation: np.ndarray) -> np.ndarray:
+        """The log loss; one of exactly 0 is a failed report, neither better nor worse."""
+        loss = self.loss(observation)
+        neither = np.where(np.isfinite(self._best), self._best + _NEITHER, 0.0)
+        return np.where(loss <= -BOUND, neither, loss)
 
     def _forget_other_losses(self, observation: np.ndarray) -> None:
         """What was the best on the probe says nothing of training losses, nor the reverse."""

@@ -23,6 +23,9 @@ class Schedule(BaseController):
                 f"A schedule needs one row of positions per increasing point of progress, got "
                 f"{len(self.progress)} points and {len(self.positions)} rows"
             )
+        self.keep_pace(n_control_steps)
+
+    def keep_pace(self, n_control_steps: int) -> None:
         self.share = 1 / n_control_steps
 
     def begin(self, codec: Codec, n_runs: int) -> None:
@@ -59,6 +62,10 @@ class ContextualSchedule(BaseController):
     ) -> None:
         self.schedule, self.context = schedule, context
         self.slopes = Schedule(schedule.progress, slopes, round(1 / schedule.share))
+
+    def keep_pace(self, n_control_steps: int) -> None:
+        self.schedule.keep_pace(n_control_steps)
+        self.slopes.keep_pace(n_control_steps)
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)

@@ -27,6 +27,9 @@ class WithSignalsOf(BaseController):
         self.controller, self.entries, self.recorded = controller, tuple(entries), recorded
         self.band, self.set_points = controller.band, controller.set_points
 
+    def keep_pace(self, n_control_steps: int) -> None:
+        self.controller.keep_pace(n_control_steps)
+
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
         self.controller.begin(codec, n_runs)

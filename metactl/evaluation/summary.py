@@ -22,6 +22,7 @@ from metactl.statistics import (
 )
 
 _PER_TASK = "final_test_per_task"
+_LEAST = 1e-12  # nats: a loss may be 0
 _EPOCHS = (0.0, 1.0, 10.0, np.inf)  # of the unique data by the end of a run: bounds of the groups
 
 
@@ -125,7 +126,7 @@ def _differences(policy: Sequence[PlayedRun], other: Sequence[PlayedRun]) -> dic
         "best_checkpoint_test": plain(paired_difference(best_ours, best_theirs)),
         "probability_of_improvement": probability_of_improvement(ours, theirs),
         "iqm": interquartile_mean(ours - theirs),
-        "worst_decile_regret": worst_decile(ours / theirs - 1),
+        "worst_decile_regret": worst_decile(ours / np.maximum(theirs, _LEAST) - 1),
         "within_2_percent": float((ours <= 1.02 * theirs).mean()),
         **cost_to_reach(policy, other),
     }

@@ -76,10 +76,14 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         total = state.max_steps if saved else state.max_steps - state.global_step
         again = self._hook is not None
         self._release()
-        if not take_charge(self.controller, model, optimizer, total, self.options, again=again):
+        options = {"compiled": True, **self.options} if args.torch_compile else self.options
+        if not take_charge(self.controller, model, optimizer, total, options, again=again):
             return
         if saved:
             self.controller.load_state_dict(saved)
+        if self.controller.mode == "off":  # as it was in the checkpoint
+            self._saved = saved
+            return
         self._hook = model.register_forward_hook(self._note, with_kwargs=True)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
@@ -89,8 +93,7 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         kept = callbacks.setdefault(type(self).__name__, self.state())
         if isinstance(kept, list):
             raise AttachError("a Trainer can have one MetaControlCallback, this has several")
-        saved = kept["attributes"]["saved"] if state.global_step else None
-        return saved if saved and saved["mode"] != "off" else None
+        return kept["attributes"]["saved"] if state.global_step else None
 
     def on_step_end(
         self,
@@ -107,6 +110,7 @@ class MetaControlCallback(TrainerCallback, ExportableState):
                 "computed outside the model, as by compute_loss_func or label smoothing)"
             )
             self._finish(restore=True)
+            self._saved = self.controller.state_dict()
             return
         total = torch.stack(self._losses).sum()
         # Of counted items, the model divides by those of all processes; the Trainer mends it later.

@@ -65,16 +65,19 @@ class MetaControlCallback(lightning.Callback):
                 f"a run of one optimizer can be controlled, this has {len(trainer.optimizers)}"
             )
         steps = trainer.estimated_stepping_batches
-        pending = self._pending if self._pending and self._pending["mode"] != "off" else None
+        pending = self._pending
         # A run that was begun without the callback: what is left of it is the whole.
         begun = 0 if pending else trainer.global_step
         total = int(steps) - begun if math.isfinite(steps) and steps > 0 else None
         optimizer = trainer.optimizers[0]
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        options = {"compiled": True, **self.options} if compiled else self.options
         self._active = take_charge(
-            self.controller, pl_module, optimizer, total, self.options, again=self._active
+            self.controller, pl_module, optimizer, total, options, again=self._active
         )
         if self._active and pending is not None:
             self.controller.load_state_dict(pending)
+            self._active = self.controller.mode != "off"  # as it was in the checkpoint
 
     def on_before_optimizer_step(
         self,

@@ -1,5 +1,6 @@
 """Knob adapters on other people's models."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,7 +9,7 @@ import transformers
 from families import FAMILIES, GROUPED, WITH_ROPE, build, output
 from torch import nn
 
-from metactl import AttachError
+from metactl import AttachError, FunctionKnob, Knob
 from metactl.adapters import find_adapters
 from metactl.adapters.dropout import DropoutKnob
 from metactl.adapters.optimizer import LearningRateKnob
@@ -225,3 +226,108 @@ def test_a_step_that_raised_does_not_leave_the_rate_multiplied():
     optimizer.step()
     assert weight.item() == -1.0
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_scheduler_goes_on_past_a_step_that_raised_as_it_would_alone(factor):
+    class Interrupted(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    def rates(controlled):
+        weight = nn.Parameter(torch.zeros(1))
+        weight.grad = torch.ones(1)
+        optimizer = Interrupted([weight], lr=1.0)
+        adapter = LearningRateKnob(optimizer) if controlled else None
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # wraps the step
+        if adapter is not None:
+            adapter.write(factor)
+        seen = []
+        for i in range(4):
+            Interrupted.fails = i == 1
+            with contextlib.suppress(RuntimeError):
+                optimizer.step()
+            schedule.step()
+            seen.append(optimizer.param_groups[0]["lr"])
+        if adapter is not None:
+            adapter.restore()
+            adapter.close()
+        optimizer.step()
+        return seen, weight.item()
+
+    alone, _ = rates(controlled=False)
+    seen, weight = rates(controlled=True)
+    assert seen == alone == [0.5, 0.25, 0.125, 0.0625]
+    assert weight == -factor * (1 + 0.25 + 0.125) - 0.0625
+
+
+def test_an_optimizer_that_was_let_go_has_its_own_step():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    adapter = LearningRateKnob(optimizer)
+    assert "step" in optimizer.__dict__
+    adapter.close()
+    assert "step" not in optimizer.__dict__
+
+
+def test_buffers_that_a_forward_pass_assigns_anew_come_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            self.register_buffer("late", x)
+            return x
+
+    model = Counts()
+    held = model.count
+    with sealed(model, training=True):
+        model(torch.ones(1))
+    assert model.count is held and held == 0
+    assert not hasattr(model, "late")
+
+
+def test_a_function_knob_that_reads_a_live_tensor_is_put_back():
+    live = torch.tensor(1.0)
+    knob = Knob(name="temperature", low=0.5, high=2.0, default=1.0)
+    adapter = FunctionKnob(knob, lambda: live, lambda value: live.fill_(value))
+    adapter.verify()
+    assert live == 1.0
+    adapter.write(1.5)
+    adapter.restore()
+    assert live == 1.0
+
+
+def test_a_model_inside_another_has_all_its_knobs_and_its_config_follows():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids)
+
+    model = build("llama")
+    wrapper = Wrapper(model)
+    optimizer = torch.optim.AdamW(wrapper.parameters())
+    names = ["rope_base", "dropout", "attention_span"]
+    found, missing = find_adapters(names, wrapper, optimizer, torch.arange(16)[None])
+    assert missing == {}
+    for adapter, value in zip(found, (123.0, 0.25, 5.0), strict=True):
+        adapter.write(value)
+    config = model.config
+    assert config.rope_parameters["rope_theta"] == 123.0
+    assert (config.attention_dropout, config.attention_span) == (0.25, 5.0)
+
+
+def test_knobs_that_are_no_list_are_refused_in_words():
+    model = nn.Sequential(nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model.parameters())
+    for wanted in ("dropout", 3):
+        with pytest.raises(AttachError, match="knobs must be a list of names and adapters"):
+            find_adapters(wanted, model, optimizer)

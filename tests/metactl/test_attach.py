@@ -16,7 +16,7 @@ import metactl.adapters.base
 import metactl.attach
 from metactl import AttachError, Controller, FunctionKnob, Knob
 from metactl.adapters.optimizer import LearningRateKnob
-from metactl.controllers import BaseController, RandomMoves, Static
+from metactl.controllers import BaseController, RandomMoves, Schedule, Static
 from metactl.meter import Meter
 
 STEPS, N = 24, 6
@@ -583,3 +583,64 @@ def test_a_step_that_calls_its_parents_step_counts_once():
     assert meter.steps == 3
     assert meter.read({}).gradient_norm == pytest.approx([5.0])
     assert weight.tolist() == [-9.0, -12.0]
+
+
+@pytest.mark.parametrize(("total", "made_for"), [(24, 6), (4, 6), (24, 40)])
+def test_a_schedule_keeps_the_pace_of_the_run_it_is_on(total, made_for):
+    constant = Schedule(np.array([0.0, 1.0]), np.full((2, 1), 0.5), made_for)
+    loop = Loop(
+        Controller(constant, n_control_steps=N), total_steps=total, knobs=["dropout"]
+    ).train(total)
+    dropout = [decision.values["dropout"] for decision in loop.decisions]
+    assert dropout == pytest.approx([0.3] * len(dropout))
+
+
+def test_a_run_shorter_than_its_control_steps_may_become_longer(caplog):
+    short = Loop(moving(), total_steps=N - 2, knobs=["dropout"]).train(3)
+    state = json.loads(json.dumps(short.controller.state_dict()))
+    longer = Loop(moving(), knobs=["dropout"])
+    longer.controller.load_state_dict(state)
+    assert "4 optimizer steps (4 control steps), now it has 24 (6)" in caplog.text
+    assert longer.controller.state_dict()["meter"]["steps"] == 3
+    longer.train(STEPS - 3)
+    assert [decision.step for decision in longer.decisions] == [4, 8, 12, 16, 20]
+    back = Loop(moving(), total_steps=N - 2, knobs=["dropout"])
+    back.controller.load_state_dict(state)
+    assert back.controller.state_dict()["history"] == state["history"]
+
+
+def test_one_rule_is_at_work_in_one_run():
+    rule = RandomMoves(1)
+    first = Loop(Controller(rule), knobs=["dropout"])
+    with pytest.raises(AttachError, match="this rule is at work in another run"):
+        Loop(Controller(rule), knobs=["dropout"])
+    first.controller.detach()
+    Loop(Controller(rule), knobs=["dropout"])
+
+
+def test_a_knob_set_by_hand_out_of_its_range_stays_where_nobody_moves_it():
+    loop = Loop(Controller(Static(), n_control_steps=N), knobs=["dropout"]).train(5)
+    loop.model.drop.p = 0.9
+    loop.train(STEPS - 5)
+    assert loop.model.drop.p == 0.9
+    assert loop.decisions[-1].values == {"dropout": 0.9}
+
+
+def test_a_strict_controller_puts_back_all_it_can_before_it_says_what_it_cannot():
+    state = {"own": 0.5, "broken": False}
+
+    def write(value):
+        if state["broken"]:
+            raise OSError("boom")
+        state["own"] = value
+
+    own = FunctionKnob(
+        Knob(name="own", low=0.0, high=1.0, default=0.5), lambda: state["own"], write
+    )
+    loop = Loop(moving(strict=True), knobs=[own, "dropout", "learning_rate_multiplier"]).train(9)
+    assert loop.model.drop.p != 0.1
+    state["broken"] = True
+    with pytest.raises(OSError, match="boom"):
+        loop.controller.detach()
+    assert loop.model.drop.p == 0.1
+    assert not loop.optimizer._optimizer_step_pre_hooks

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from metactl import cli
+from metactl import Knob, Measurement, TrainingRun, cli
+from metactl.check import check_training_run
 from metactl.policy import Policy
 from metactl.signals import INTERNAL_NAMES
 
@@ -513,3 +514,39 @@ def test_a_foreign_package_called_envs_is_named_with_what_to_do(tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "metactl needs its own package 'envs'" in done.stderr
     assert str(tmp_path / "envs") in done.stderr and "Rename" in done.stderr
+
+
+class Careless(TrainingRun):
+    """Gives back one array that it goes on writing in; restores the first rows, whichever it is."""
+
+    n_runs, horizon = 2, 40
+    knobs = (Knob(name="rate", low=0.0, high=1.0, default=0.5),)
+
+    def __init__(self, restores):
+        self.loss, self.restores = np.full(2, 3.0), restores
+
+    def reset(self, rows, tasks, seeds):
+        self.loss[list(rows)] = 3.0 + np.array(seeds) / 1000
+
+    def apply(self, values):
+        self.rate = values["rate"]
+
+    def advance(self, n_steps):
+        self.loss *= 1 - 0.1 * self.rate
+        return Measurement(train_loss=self.loss, diverged=np.zeros(2, dtype=bool))
+
+    def evaluate(self, split, rows=None):
+        return self.loss.copy()[slice(None) if rows is None else list(rows)]
+
+    def state_dict(self, rows):
+        return {"loss": self.loss[list(rows)].copy()}
+
+    def load_state_dict(self, rows, state):
+        if self.restores:
+            self.loss[: len(rows)] = state["loss"]
+
+
+@pytest.mark.parametrize(("restores", "said"), [(False, "restored to"), (True, "restored alone")])
+def test_check_is_not_deceived_by_one_array_nor_by_rows_that_are_ignored(restores, said):
+    found = [finding.text for finding in check_training_run(Careless(restores))]
+    assert any(said in text for text in found)

@@ -26,7 +26,7 @@ from metactl.episodes import ControlConfig
 from metactl.homeostasis import SetPoints
 from metactl.policy import PolicyCard
 from metactl.rollout import PlannedRun, play
-from metactl.signals import Codec
+from metactl.signals import BOUND, Codec
 
 N = 10
 A = Knob(name="a", low=0, high=1, default=0.25, max_move=8)
@@ -462,3 +462,14 @@ def test_runs_under_their_own_controllers_do_not_disturb_each_other():
     for left, right in zip(together, alone, strict=False):
         np.testing.assert_array_equal(left.positions, right.positions)
         np.testing.assert_array_equal(left.probe_loss, right.probe_loss)
+
+
+def test_a_loss_of_exactly_nothing_is_a_failed_report_and_no_best():
+    guard = guarded(np.array([[1.0, 1.0]]), band=0.2)
+
+    def acts(level):
+        seen = observation(positions=(0.9, 0.9), signal__train_level=level)
+        return guard.act(seen).tolist() == [[1, 1]]
+
+    assert acts(-0.5) and acts(-BOUND) and acts(-0.45)
+    assert not acts(-0.2)

@@ -228,7 +228,10 @@ def test_a_share_of_all_processes_items_counts_as_the_whole():
         callback = MetaControlCallback(Controller(RandomMoves(1), n_control_steps=N))
         callback.controller = Ear()
         args = SimpleNamespace(
-            n_gpu=0, world_size=processes, average_tokens_across_devices=averaged
+            torch_compile=False,
+            n_gpu=0,
+            world_size=processes,
+            average_tokens_across_devices=averaged,
         )
         callback._saved_in = lambda state: None
         callback.on_train_begin(args, state, None, **told)
@@ -308,3 +311,36 @@ def test_a_model_that_returns_no_object_is_heard(kind, tmp_path):
     train(tmp_path, model=Plain(), callback=callback, eval_strategy="no")
     assert callback._saved["mode"] == "act"
     assert [value for tag, value, _ in logged if tag == "train/loss"]
+
+
+def test_a_controller_that_was_off_stays_off_and_its_checkpoints_say_so(tmp_path, caplog):
+    first, _ = moving()
+    saved = {"save_strategy": "steps", "save_steps": 4}
+    train(tmp_path, callback=first, label_smoothing_factor=0.1, **saved)  # which switches it off
+    second, logged = moving()
+    trainer, _ = train(tmp_path, callback=second, resume=str(tmp_path / "checkpoint-4"), **saved)
+    assert "it stays off" in caplog.text and second.controller.mode == "off"
+    assert not logged
+    kept = trainer.state.stateful_callbacks["MetaControlCallback"]["attributes"]["saved"]
+    assert kept["mode"] == "off"
+
+
+def test_a_best_model_from_before_the_controller_has_no_knobs_to_go_back_to(tmp_path, caplog):
+    callback, _ = moving()
+    (tmp_path / "best").mkdir()
+    state = transformers.TrainerState(stateful_callbacks={"MetaControlCallback": {}})
+    state.stateful_callbacks["MetaControlCallback"] = {"attributes": {"saved": None}}
+    state.save_to_json(str(tmp_path / "best" / "trainer_state.json"))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+    optimizer = torch.optim.SGD(model.parameters())
+    callback.controller.attach(model, optimizer, total_steps=10, example=torch.ones(1, 2))
+    callback._return_to(tmp_path / "best")
+    assert "the best model's knobs cannot be read" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # dynamo's, of what it traces
+def test_a_model_that_the_trainer_compiles_gets_a_few_levels_of_dropout(tmp_path):
+    callback, logged = moving(knobs=["dropout"])
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    train(tmp_path, callback=callback, eval_strategy="no", **compiled)
+    assert {value for _, value in series(logged, "knob/dropout")} <= {0.0, 0.15, 0.3}

@@ -57,7 +57,7 @@ def loader(repeat=False):
 
 def train(folder, *callbacks, resume=None, module=None, repeat=False, **changes):
     torch.manual_seed(0)
-    module = module or Module()
+    module = Module() if module is None else module
     trainer = lightning.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -196,3 +196,20 @@ def test_a_module_that_optimizes_by_hand_is_followed_if_it_returns_its_loss(tmp_
         patch.setattr("metactl.integrations.lightning._PATIENCE", 5)
         train(tmp_path, callback, module=silent)
     assert caplog.text.count("has returned no loss for 5 batches") == 1 and not logged
+
+
+def test_a_controller_that_was_off_stays_off(tmp_path, caplog):
+    callback, logged = moving()
+    callback.setup(None, None, "fit")
+    off = {"controller": {"version": 1, "mode": "off"}}
+    callback.setup = lambda trainer, module, stage: callback.load_state_dict(off)
+    train(tmp_path, callback)
+    assert "it stays off" in caplog.text and not logged
+    assert callback.state_dict() == off
+
+
+def test_a_module_that_is_compiled_gets_a_few_levels_of_dropout(tmp_path):
+    callback, logged = moving(knobs=["dropout"])
+    train(tmp_path, callback, module=torch.compile(Module(), backend="eager"))
+    seen = {value for _, value in series(logged, "knob/dropout")}
+    assert seen and seen <= {0.0, 0.1, 0.2}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from metactl import AttachError, Controller
+from metactl import AttachError, Controller, Measurement
 from metactl.controllers import RandomMoves
+from metactl.ranks import Ranks
 
 SCRIPT = """
 import json, os, sys
@@ -137,3 +138,20 @@ def test_a_knob_that_fails_in_one_process_is_off_in_both_and_training_ends(tmp_p
     assert len(first["losses"]) == len(second["losses"]) == 20
     assert first["weights"] == second["weights"]
     assert len(first["values"]) == len(second["values"]) < 4
+
+
+def test_a_probe_that_is_not_finite_in_one_process_is_not_finite(monkeypatch):
+    ranks = Ranks(torch.device("cpu"))
+    ranks.n = 2
+    other = Measurement(
+        train_loss=np.ones(1), probe_loss=np.ones(1), diverged=np.zeros(1, dtype=bool)
+    )
+    values = [np.nan if v is None else 1.0 for k, v in other.arrays().items() if k != "diverged"]
+    monkeypatch.setattr(ranks, "gather", lambda own: np.array([own, values]))
+    for loss, expected in ((3.0, 2.0), (np.nan, np.inf), (np.inf, np.inf)):
+        found = ranks.mean(
+            Measurement(
+                train_loss=np.ones(1), probe_loss=np.array([loss]), diverged=np.zeros(1, dtype=bool)
+            )
+        )
+        assert found.probe_loss.tolist() == [expected]

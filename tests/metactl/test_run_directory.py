@@ -186,3 +186,19 @@ def test_a_picture_of_an_unknown_kind_is_refused_before_the_work(tmp_path):
     assert writable(tmp_path / "a.PDF", picture=True) == tmp_path / "a.PDF"
     with pytest.raises(ConfigError, match=r"must end in .png, .pdf, .svg, got 'a.bmp'"):
         writable(tmp_path / "a.bmp", picture=True)
+
+
+def test_a_foreign_folder_with_a_config_of_its_own_is_no_demo(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    record = tmp_path / "config.yaml"
+    for text in ("kind: demographics\n", "kind: demo\n", "about: 'kind: demo'\nversions: {}\n"):
+        record.write_text(text)
+        with pytest.raises(RunDirectoryError, match="holds no demo"):
+            clear_demo(tmp_path)
+    record.unlink()
+    (tmp_path / "thesis.tex").unlink()
+    open_run_directory(tmp_path, "demo", CONFIG)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"holds 'notes\.txt' beside an earlier demo"):
+        clear_demo(tmp_path)
+    assert (tmp_path / "notes.txt").exists() and record.exists()

@@ -192,3 +192,20 @@ def test_masks_of_every_kind_are_narrowed_alike(kind):
     assert made.dtype == kind
     expected = causal.triu(-1)
     assert torch.equal(made if lowest is None else made == 0, expected)
+
+
+def test_a_mask_that_the_next_batch_is_written_into_is_read_anew():
+    model = build("llama").eval()
+    span_of(model).write(8.0)
+    ids = torch.arange(16)[None]
+    lowest = torch.finfo(torch.float32).min
+    causal = torch.zeros(1, 1, 16, 16).masked_fill(torch.ones(16, 16).triu(1).bool(), lowest)
+    packed = causal.clone()
+    packed[..., 8:, :8] = lowest  # two documents
+    buffer = causal.clone()
+    with torch.no_grad():
+        first = model(ids, attention_mask=buffer).logits
+        expected = model(ids, attention_mask=packed).logits
+        buffer.copy_(packed)
+        assert torch.equal(model(ids, attention_mask=buffer).logits, expected)
+    assert not torch.equal(first, expected)
