@@ -18,6 +18,7 @@ from metactl.knobs import Knob
 from models import TransformerConfig
 
 PRECISIONS = ("highest", "high", "medium")
+_LONGEST = 1 << 31  # optimizer steps, and more than anybody has
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,9 +120,9 @@ class RunConfig:
             if kind not in KINDS:
                 raise ValueError(unknown_name("disturbance", kind, KINDS))
         first, last = self.horizon_range
-        if not 1 <= first <= last:
+        if not 1 <= first <= last < _LONGEST:
             raise ValueError(
-                f"horizon must be at least 1 optimizer step, low <= high in a range, "
+                f"horizon must be 1 to {_LONGEST - 1} optimizer steps, low <= high in a range, "
                 f"got {self.horizon}"
             )
         for name in ("learning_rate", "initial_scale"):

@@ -134,6 +134,9 @@ class AdaptiveTransformerRun(TrainingRun):
     def sample_task(self, seed: int, split: str = "meta_train") -> Task:
         return self.family.sample(seed, split)
 
+    def fingerprint(self) -> str:
+        return self.family.fingerprint()
+
     def draw_horizon(self, seed: int) -> None:
         low, high = np.log(self.config.horizon_range)
         rng = np.random.default_rng([seed, 0x40712])
@@ -351,13 +354,8 @@ class AdaptiveTransformerRun(TrainingRun):
         return float(self._flops(1.0, float(self.config.context)))
 
     def _flops(self, width: float | Tensor, span: float | Tensor) -> Tensor:
-        return training_flops(
-            self.model.config,
-            width=width,
-            span=span,
-            batch=self.config.batch_size,
-            seq=self.config.context,
-        )
+        size = {"batch": self.config.batch_size, "seq": self.config.context}
+        return training_flops(self.model.config, width=width, span=span, **size)
 
     def state_dict(self, rows: Sequence[int]) -> dict[str, Tensor]:
         return {name: tensor[list(rows)].clone() for name, tensor in self._state().items()}

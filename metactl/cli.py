@@ -28,6 +28,8 @@ _ROTATION = "environment.options.rotation"
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on standard error and exit code 2."""
+    if "" in (sys.argv[1:] if arguments is None else arguments):
+        sys.exit(_refuse("an argument is empty: is a variable of the shell not set?"))
     command = tyro.cli(
         Command,
         args=arguments,

@@ -204,7 +204,8 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.render_mode = render_mode
         self.loop = ControlLoop(run, config)
         self.observation_space, self.action_space = _spaces(self.loop)
-        self._seed, self._episode = 0, 0
+        self._seed: int | None = None
+        self._episode = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -212,6 +213,8 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         if seed is not None:
             self._seed, self._episode = seed, 0
+        elif self._seed is None:  # nobody ever gave one
+            self._seed = int(self.np_random.integers(2**31))
         self.loop.draw_horizon(horizon_seed(self._seed, self._episode))
         episode = self.loop.draw_episode(self._seed, self._episode)
         self._episode += 1
@@ -236,8 +239,9 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
 
     A run that ends is replaced within the same step (`AutoresetMode.SAME_STEP`): its last
     observation is `infos["final_obs"]`. Row i of a reset with seed s is the single environment
-    reset with seed s + i. What took the place of a run that diverged is truncated when the others
-    come to their end, so that all begin together again.
+    reset with seed s + i, but that all rows have the first one's horizon where it is drawn. What
+    took the place of a run that diverged is truncated when the others come to their end, so that
+    all begin together again.
 
     Args:
         run: The plant; its `n_runs` is `num_envs`.
@@ -255,7 +259,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         self.single_observation_space, self.single_action_space = _spaces(self.loop)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._seeds = np.arange(self.num_envs)
+        self._seeds: np.ndarray | None = None
         self._episodes = np.zeros(self.num_envs, dtype=np.int64)
 
     def reset(
@@ -264,8 +268,15 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         seed: int | list[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        if self._seeds is None:  # where nobody gives one
+            first = 0 if seed is not None else int(self.np_random.integers(2**31))
+            self._seeds = first + np.arange(self.num_envs)
         if seed is not None:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+            seeds: list[int | None]
+            if isinstance(seed, int | np.integer):
+                seeds = [int(seed) + i for i in range(self.num_envs)]
+            else:
+                seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise ValueError(f"reset needs {self.num_envs} seeds, got {len(seeds)}")
             for i, each in enumerate(seeds):
@@ -277,6 +288,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
 
     def _begin(self, rows: list[int]) -> np.ndarray:
         """Starts the next episodes; a new horizon is drawn where all rows begin together."""
+        assert self._seeds is not None
         if len(rows) == self.num_envs:
             self.loop.draw_horizon(horizon_seed(int(self._seeds[0]), int(self._episodes[0])))
         episodes = [
@@ -307,16 +319,30 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
             infos["final_info"] = {key: value for key, value in infos.items() if "final" not in key}
             infos["_final_info"] = ends.copy()
             observation = self._begin(ended)
+        infos["episode_index"] = self._episodes - 1  # of the episodes that go on
+        infos["_episode_index"] = np.ones(self.num_envs, dtype=bool)
         return observation, step.reward, step.terminated.copy(), truncated, infos
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **self.loop.state_dict(),
-            "seeds": self._seeds.copy(),
+            "seeds": np.arange(self.num_envs) if self._seeds is None else self._seeds.copy(),
             "episodes": self._episodes.copy(),
+            "data": np.frombuffer(self.loop.run.fingerprint().encode(), dtype=np.uint8).copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state.
+
+        Raises:
+            ValueError: If the runs learn on other data than they did there.
+        """
+        told = bytes(np.asarray(state.get("data", ()), dtype=np.uint8)).decode()
+        if told and told != (now := self.loop.run.fingerprint()):
+            raise ValueError(
+                f"the data that runs learn on has changed: its SHA-256 was {told[:12]}..., and is "
+                f"{now[:12]}... now"
+            )
         self._seeds, self._episodes = np.array(state["seeds"]), np.array(state["episodes"])
         self.loop.load_state_dict(state)
 

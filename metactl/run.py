@@ -132,6 +132,10 @@ class TrainingRun(abc.ABC):
         """
         return None
 
+    def fingerprint(self) -> str:
+        """What tells the data that tasks are made of from other data; empty where nobody says."""
+        return ""
+
     def draw_horizon(self, seed: int) -> None:
         """Draws a new horizon where the family varies it; called only between runs."""
         return  # most runs keep theirs
@@ -199,6 +203,9 @@ class SingleRuns(TrainingRun):
 
     def sample_task(self, seed: int, split: str = "meta_train") -> Any:
         return self._runs[0].sample_task(seed, split)
+
+    def fingerprint(self) -> str:
+        return self._runs[0].fingerprint()
 
     def draw_horizon(self, seed: int) -> None:
         for run in self._runs:

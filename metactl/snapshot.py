@@ -12,6 +12,7 @@ import torch
 from stable_baselines3 import PPO
 from torch import Tensor
 
+from metactl.arrays import to_json
 from metactl.checkpoint import from_tensors, to_tensors
 from metactl.errors import WorkerDied, is_of_size
 from metactl.rundir import RunDirectoryError, versions
@@ -56,7 +57,7 @@ def snapshot(
         "reward_scales": scales,
         "reward_unit": model.env.reward_unit,
         "pending": {
-            name: float(value)
+            name: to_json(float(value))
             for name, value in model.logger.name_to_value.items()
             if isinstance(value, int | float | np.floating)
         },

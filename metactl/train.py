@@ -116,7 +116,7 @@ def train(
         with Board(run_dir / "tb", purge_step=purge_step) as board:
             model.set_logger(Logger(folder=None, output_formats=[BoardWriter(board)]))
             for name, value in pending.items():
-                model.logger.record(name, value)
+                model.logger.record(name, float(value))  # where not finite, a word
             keeper = _Keeper(config, run_dir, shards, scales, progress, report, tensors, board)
             remaining = config.ppo.total_timesteps - model.num_timesteps
             if remaining > 0:

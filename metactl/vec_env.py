@@ -89,12 +89,8 @@ class ShardVecEnv(VecEnv):
             info |= {"own_reward": float(own), "own_return": float(so_far)}
         relative = self._apart(reward[:, None])[:, 0] / self.reward_unit
         relative -= self.bound_cost * np.array([info["blocked"] for info in per_run])
-        self._age[1] += 1
-        self._age[0, done] += 1
-        self._age[1, done] = 0
-        together = done.reshape(-1, self.paired_runs).all(axis=1)  # all begin the same episode
-        episode = self._age[0].reshape(-1, self.paired_runs)
-        episode[together] = episode[together].max(axis=1, keepdims=True)
+        self._age[0] = [info["episode_index"] for info in per_run]
+        self._age[1] = np.where(done, 0, self._age[1] + 1)
         self._returns[done] = 0
         seen = self._beside_pairs(np.concatenate(observations))
         return seen, relative.astype(np.float32), done, per_run

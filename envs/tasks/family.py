@@ -1,6 +1,7 @@
 """What task families have in common: a task is places in the data of its family."""
 
 import abc
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ PROBE_SEQUENCES = 16
 TEST_SEQUENCES = 48
 _ANOTHER = 0x07E4
 _GOLDEN = (5**0.5 - 1) / 2
+_MOST = 1 << 62  # tokens
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class TaskFamily(abc.ABC):
         as a set.
         """
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the data."""
+        return hashlib.sha256(self.data.tobytes()).hexdigest()
+
     def unlike(self, task: Task, seed: int) -> Task:
         """Another task of the same part and, where there are several, of another class."""
         return self.sample(another_seed(seed), task.part)
@@ -77,5 +83,5 @@ def another_seed(seed: int) -> int:
 def check_unique_bytes(unique_bytes: tuple[int, int]) -> None:
     """Refuses a senseless range of data sizes."""
     low, high = unique_bytes
-    if not 0 < low <= high:
-        raise ValueError(f"unique_bytes must be 0 < low <= high, got {low}, {high}")
+    if not 0 < low <= high < _MOST:
+        raise ValueError(f"unique_bytes must be 0 < low <= high < 2**62, got {low}, {high}")

@@ -15,6 +15,7 @@ VOCABULARY = N_KEYS + N_VALUES + N_FILLERS
 _FIRST_VALUE, _FIRST_FILLER = N_KEYS, N_KEYS + N_VALUES
 _RECALL, _INDUCTION, _MIXTURE = 0x2EC, 0x1ED, 0x31C
 _ATTEMPTS = 200
+_LONG = 6  # periods in numbers of tokens: in longer ones hardly any token comes once
 
 
 def associative_recall(
@@ -114,7 +115,7 @@ def induction(
         Tokens, and whether the token after each position counts.
 
     Raises:
-        ValueError: If a period leaves nothing to be foretold.
+        ValueError: If the periods do not fit.
     """
     if not 1 <= gaps[0] <= gaps[1] < seq:
         raise ValueError(f"gaps must be from 1 to {seq - 1} for {seq} tokens, got {gaps}")
@@ -122,20 +123,28 @@ def induction(
     tokens = np.zeros((n, seq + 1), dtype=np.int64)
     counted = np.zeros((n, seq), dtype=bool)
     waiting = np.arange(n)
-    for _ in range(_ATTEMPTS):  # a sequence of which nothing counts is drawn again
+    likely = gaps[1] <= _LONG * _FIRST_FILLER
+    for _ in range(_ATTEMPTS if likely else 0):  # a sequence of which nothing counts is drawn again
         tokens[waiting], counted[waiting] = _repeated(rng, len(waiting), seq, gaps)
         waiting = waiting[~counted[waiting].any(axis=1)]
+    if len(waiting):
+        tokens[waiting], counted[waiting] = _repeated(rng, len(waiting), seq, gaps, sure=True)
     return tokens, counted
 
 
 def _repeated(
-    rng: np.random.Generator, n: int, seq: int, gaps: tuple[int, int]
+    rng: np.random.Generator, n: int, seq: int, gaps: tuple[int, int], *, sure: bool = False
 ) -> tuple[Int64[Array, "{n} {seq}+1"], Bool[Array, "{n} {seq}"]]:
+    """Sequences that come again; `sure` that something counts, if need be by a token held once."""
     period = rng.integers(gaps[0], gaps[1] + 1, (n, 1))
     place = np.arange(seq + 1)
-    tokens = np.take_along_axis(
-        rng.integers(0, _FIRST_FILLER, (n, seq + 1)), place % period, axis=1
-    )
+    drawn = rng.integers(0, _FIRST_FILLER, (n, seq + 1))
+    if sure:
+        once = rng.integers(0, _FIRST_FILLER, (n, 1))
+        other = (once + rng.integers(1, _FIRST_FILLER, drawn.shape)) % _FIRST_FILLER
+        there = rng.integers(0, np.minimum(period, seq - period))  # it is read a second time
+        drawn = np.where(place == there, once, np.where(drawn == once, other, drawn))
+    tokens = np.take_along_axis(drawn, place % period, axis=1)
     own = np.arange(n)[:, None] * VOCABULARY + tokens  # tells the sequences' tokens apart
     held = np.bincount(own[place < period], minlength=n * VOCABULARY)
     return tokens, (place[:-1] >= period) & (held[own[:, :-1]] == 1)

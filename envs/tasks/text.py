@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.tasks.corpus import Corpus
+from envs.tasks.corpus import PARTS, Corpus
 from envs.tasks.family import (
     PROBE_SEQUENCES,
     TEST_SEQUENCES,
@@ -50,7 +50,8 @@ class TextFamily(TaskFamily):
         self.data, self.counted, self.stride = all_of_it, None, 1
         self.unique_bytes = (max(low, context + 2), max(high, context + 2))
         if other is not None:
-            self._sample(other, len(corpus.data), 0, "all")  # refuses one that is too short
+            for part in PARTS:  # refuses one that is too short
+                self._sample(other, len(corpus.data), 0, part)
 
     def sample(self, seed: int, split: str) -> Task:
         """The task of a seed, from one part of the corpus.
@@ -61,10 +62,10 @@ class TextFamily(TaskFamily):
         return self._sample(self.corpus, 0, seed, split)
 
     def unlike(self, task: Task, seed: int) -> Task:
-        """A task of the other corpus or, without one, of another stretch of the same part."""
+        """A task of the same part of the other corpus or, without one, of another stretch of it."""
         if self.other is None:
             return super().unlike(task, seed)
-        return self._sample(self.other, len(self.corpus.data), another_seed(seed), "all")
+        return self._sample(self.other, len(self.corpus.data), another_seed(seed), task.part)
 
     def _sample(self, corpus: Corpus, place: int, seed: int, split: str) -> Task:
         """A task of a corpus that lies at some place in the data."""

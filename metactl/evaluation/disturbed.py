@@ -26,6 +26,9 @@ def disturbed_summary(
     summary = summarise(disturbed, set_points=set_points, names=names)
     for arm, runs in disturbed.items():
         figures = summary["arms"][arm]
+        del figures["best_checkpoint_test"]  # it may be of the task that a run has left
+        if arm in summary["policy_minus"]:
+            del summary["policy_minus"][arm]["best_checkpoint_test"]
         twins = undisturbed[arm]
         figures["excess_loss_area"] = float(
             np.mean([_excess(run, twin) for run, twin in zip(runs, twins, strict=True)])

@@ -93,6 +93,7 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[di
                 key = json.dumps([env_id, options], sort_keys=True, default=str)
                 if key not in built:
                     built[key] = _about_one(env_id, options, elsewhere=elsewhere)
+                _require_deciders(trial, built[key])
                 if trial.sets_knobs:
                     KnobSet(built[key]["knobs"]).positions(trial.changes, 1)
             abouts.append(built[key])
@@ -100,6 +101,17 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[di
             where = f"trial {trial.name} ({described(trial.changes)})"
             raise ConfigError(f"{where}: {error}") from error
     return abouts
+
+
+def _require_deciders(trial: Trial, about: dict[str, Any]) -> None:
+    """A policy decides as often as its runs have control steps."""
+    if trial.recipe is None:
+        decides = Policy.load(trial.policy).card.n_control_steps
+        if about["n_control_steps"] != decides:
+            raise ValueError(
+                f"the policy decides {decides} times per run, got "
+                f"n_control_steps={about['n_control_steps']}"
+            )
 
 
 def about_runs(trial: Trial, *, elsewhere: bool = False) -> dict[str, Any]:

@@ -154,6 +154,8 @@ class SweepConfig:
             raise ValueError("space is empty: name at least one key to vary")
         if self.options and self.kind == "train":
             raise ValueError("options are of kinds 'apply' and 'knobs'; a recipe has its own")
+        if self.kind != "train" and "split" in {**self.space, **self.options}:
+            raise ValueError("split is not to choose: trials are scored on tasks of meta_train")
         if self.mean_of > 1 and self.kind != "train":
             raise ValueError(f"mean_of is of kind 'train'; kind {self.kind!r} learns no policies")
         if self.kind == "apply" and (self.scheduler != "none" or self.stop.patience):

@@ -46,7 +46,7 @@ def play_kinds(config: SweepConfig, policy: Policy) -> Results:
     one kind may be poor on another.
     """
     kinds, own = kinds_of_runs(policy), policy.card.training["config"]["environment"]["id"]
-    share = replace(config, n_tasks=math.ceil(config.n_tasks / len(kinds)))
+    share = replace(config, n_tasks=max(2, math.ceil(config.n_tasks / len(kinds))))
     played = [
         play_pair(replace(share, seed=config.seed + i), policy, {**kind, "environment": own})
         for i, kind in enumerate(kinds)

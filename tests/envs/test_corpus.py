@@ -32,6 +32,7 @@ def test_the_parts_of_the_standard_library_are_different_files(monkeypatch):
     read = []
     original = corpus_module._read
     monkeypatch.setattr(corpus_module, "_read", lambda path: read.append(path) or original(path))
+    standard_library.cache_clear()
     corpus = standard_library()
     train, test = part(corpus, "meta_train"), part(corpus, "meta_test")
     assert len(read) == len(set(read)) > 100

@@ -128,6 +128,13 @@ def test_text_may_switch_to_another_text(tmp_path):
         of_test = run._reader.read(run._rows["test"])[0]
         read.append({bytes(t.flatten().unique().tolist()) for t in (of_training, of_test)})
     assert read == [{b"ab"}, {b"yz"}]
+    others = {
+        part: [run.family.unlike(run.sample_task(seed, part), seed) for seed in range(20)]
+        for part in ("meta_train", "meta_test")
+    }
+    edge = len(run.family.corpus.data) + run.family.other.n_meta_train
+    assert all(max(task.test) + 17 <= edge for task in others["meta_train"])
+    assert all(task.train_start >= edge for task in others["meta_test"])
     there.write_bytes(b"yz")
     with pytest.raises(ValueError, match=r"there.txt' is too short"):
         build_run(1, {**TINY, **text, "data": str(here), "other_data": str(there)})

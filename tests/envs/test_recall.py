@@ -145,3 +145,13 @@ def test_pairs_without_room_are_refused_with_what_to_do():
 def test_an_unknown_split_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"Unknown split 'probe'\. Known: train, test"):
         induction(0, 2, 8, (2, 4), split="probe")
+
+
+def test_induction_counts_something_also_where_periods_are_long():
+    tokens, counted = induction(0, 300, 256, (192, 254))
+    assert counted.any(axis=1).all()
+    for row, place in counted_places(counted):
+        before = np.flatnonzero(tokens[row, :place] == tokens[row, place])
+        assert 192 <= place - before[-1] <= 254
+        assert set(tokens[row, before + 1]) == {tokens[row, place + 1]}
+    assert not np.isin(tokens, FILLERS).any()

@@ -449,6 +449,14 @@ def test_check_finds_what_only_whole_runs_would_stumble_over(
     assert "it cannot be set, and is rounded" in capsys.readouterr().out
 
 
+def test_an_argument_that_a_variable_left_empty_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = refused(capsys, "train", "--data", "", "--run-dir", tmp_path / "run")
+    assert "an argument is empty" in empty
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_finds_a_module_where_the_user_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -387,3 +387,24 @@ def test_closing_an_environment_closes_its_plant():
     for env in (toys(2), TrainingRunEnv(ToyPlant(1), ControlConfig(n_control_steps=4))):
         env.close()
         assert env.loop.run.closed
+
+
+def test_without_a_seed_runs_are_unlike_and_with_one_they_are_not():
+    def starts(make, seed=None):
+        env = make()
+        env.reset(seed=seed)
+        return env.loop.run_seeds.tolist()
+
+    for make in (lambda: toys(2), lambda: TrainingRunEnv(ToyPlant(1), ControlConfig())):
+        assert starts(make) != starts(make)
+        assert starts(make, np.int64(3)) == starts(make, 3)
+
+
+def test_a_state_of_runs_on_other_data_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"abcdefgh" * 2_000)
+    state = population(2, data=str(text)).state_dict()
+    population(2, data=str(text)).load_state_dict(state)
+    text.write_bytes(b"x" + b"abcdefgh" * 2_000)
+    with pytest.raises(ValueError, match=r"the data that runs learn on has changed: its SHA-256"):
+        population(2, data=str(text)).load_state_dict(state)

@@ -327,3 +327,21 @@ def test_a_worker_in_the_middle_of_a_call_does_not_outlive_its_killed_owner(tmp_
     while lives(worker) and time.monotonic() < end:
         time.sleep(0.2)
     assert not lives(worker)
+
+
+def test_runs_are_pairs_where_they_live_through_the_same_episode_and_only_there():
+    options = {"n_control_steps": 8, "diverge_above": 0.95}
+    up = {1: [1], 3: [0, 1]}  # by control step: who is moved to where it diverges
+    with ShardRow(TOY, 2, options, n_workers=0) as row:
+        env = ShardVecEnv(row, 2)
+        env.seed(3)
+        env.reset()
+        inside, twins, agree = row._local.env, [], []
+        for step in range(24):
+            moves = np.zeros((2, 2), dtype=np.float32)
+            moves[up.get(step, [])] = (1.0, 0.0)
+            env.step(moves)
+            twins.append(bool((env._age[:, 0] == env._age[:, 1]).all()))
+            agree.append(len(set(inside.loop.run_seeds.tolist())) == 1)
+    assert twins == agree
+    assert not all(agree) and agree[0] and agree[-1]

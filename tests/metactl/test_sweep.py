@@ -98,6 +98,7 @@ def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
         ({"sampels": 3}, ["'sampels'", "Did you mean 'samples'"]),
         ({"kind": "apply", "scheduler": "asha"}, ["'asha'", "learns nothing"]),
         ({"kind": "apply", "mean_of": 2}, ["mean_of is of kind 'train'", "'apply'"]),
+        ({"kind": "apply", "options": {"split": "all"}}, ["split", "meta_train"]),
         ({"mean_of": 0}, ["mean_of must be at least 1, got 0"]),
     ],
 )
@@ -354,6 +355,9 @@ def test_a_policy_is_scored_where_the_space_says(tmp_path):
     run_trial(trained, trial, tmp_path, ignore)
     policy = trial_folder(tmp_path, trial.name) / "policy"
     config = sweep(tmp_path, {"d_model": {"grid": [8, 16]}}, kind="apply", policy=str(policy))
+    others = sweep(tmp_path, {"n_control_steps": {"grid": [4]}}, kind="apply", policy=str(policy))
+    with pytest.raises(ConfigError, match=r"the policy decides \d+ times per run, got n_control"):
+        check_sweep(others, plan(others))
     small, large = (run_trial(config, t, tmp_path / "apply", ignore) for t in plan(config))
     assert small["default_loss"] != large["default_loss"]
     for result in (small, large):
@@ -372,6 +376,8 @@ def test_a_policy_is_scored_on_every_kind_of_run_that_it_learned_on(tmp_path):
     environment = {**recipe["environment"], "variants": kinds, "n_workers": 2}
     training = {**policy.card.training, "config": {**recipe, "environment": environment}}
     policy = Policy(replace(policy.card, training=training), policy.weights)
+    few = play_kinds(replace(config, n_tasks=2), policy)  # two of each kind at least
+    assert len(few["policy"]) == 4
     config = replace(config, n_tasks=5)
     both = play_kinds(config, policy)
     alone = [

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_plant import TOY
 
@@ -20,6 +22,7 @@ from metactl.controllers import Learned, Static
 from metactl.rollout import PlannedRun
 from metactl.rundir import RunDirectoryError
 from metactl.shards import ShardRow, make_population
+from metactl.snapshot import snapshot
 from metactl.train import TrainConfig, build_ppo, build_shards, train
 from metactl.vec_env import ShardVecEnv
 
@@ -421,3 +424,19 @@ def test_an_actor_that_is_shown_progress_alone_answers_nothing_else(tmp_path):
 def test_a_signal_that_runs_do_not_have_is_named(tmp_path):
     with pytest.raises(ValueError, match="Unknown signal 'probes'"):
         train(config(TOYS, signals=["probes"]), tmp_path)
+
+
+def test_a_figure_that_is_not_finite_stops_no_checkpoint(tmp_path):
+    settings = config(
+        {**TOYS, "environment": {**TOYS["environment"], "n_envs": 1}}, paired_runs=1, batch_size=4
+    )
+    with build_shards(settings) as shards:
+        model = build_ppo(settings, ShardVecEnv(shards))
+        model.env.seed(0)
+        model._last_obs = model.env.reset()
+        model._last_episode_starts = np.ones(1, dtype=bool)
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        model.logger.record("train/explained_variance", float("nan"))
+        _, scalars = snapshot(model, shards, [1.0])
+    kept = json.loads(json.dumps(scalars, allow_nan=False))
+    assert np.isnan(float(kept["pending"]["train/explained_variance"]))
