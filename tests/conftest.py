@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
+import jaxtyping
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -14,6 +15,15 @@ BRINGS = {"lift_fresh", "lift_fresh_copy"}  # what torch.tensor(numbers) does
 COPIES = {"tolist", "numpy", "cpu", "__array__"}  # seen in Python only, where no copy is needed
 
 
+@pytest.fixture(autouse=True)
+def shapes_are_checked(request):
+    """Where tests call what checks its shapes; elsewhere these checks are a fifth of the time."""
+    inside = request.path.parent.name in ("models", "envs")
+    jaxtyping.config.update("jaxtyping_disable", not inside)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
@@ -22,7 +32,13 @@ def one_thread():
 def pytest_collection_modifyitems(items):
     """Two workers share the files; those that start a Ray cluster begin, one after the other."""
     clusters = ("test_sweep", "test_ray")
-    items.sort(key=lambda item: not item.path.name.startswith(clusters))
+    longest = (clusters, "test_command_line", "test_rotary_variants", "test_rotation_runs")
+
+    def rank(item):
+        places = [item.path.name.startswith(names) for names in longest]
+        return places.index(True) if any(places) else len(longest)
+
+    items.sort(key=rank)
     for item in items:
         name = item.path.name
         group = "clusters" if name.startswith(clusters) else name

@@ -11,6 +11,7 @@ from metactl import Knob, KnobSet, Policy
 from metactl.policy import FORMAT_VERSION, PolicyCard
 from metactl.signals import Codec
 
+NEXT = "--- the next mode"
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -39,8 +40,27 @@ def policy(tmp_path):
 
 
 def run(name, *arguments):
+    return start([str(EXAMPLES / name), *arguments])
+
+
+def in_modes(name, policy):
+    """What an example prints in each mode, in one process: starting takes the longest."""
+    script = (
+        "import runpy, sys\n"
+        "for mode in ('act', 'shadow', 'off'):\n"
+        f"    sys.argv = [{name!r}, {policy!r}, mode]\n"
+        f"    runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')\n"
+        f"    print({NEXT!r})\n"
+    )
+    lines, modes = start(["-c", script]), [[]]
+    for line in lines:
+        modes[-1:] = [modes[-1], []] if line == NEXT else [[*modes[-1], line]]
+    return modes[:3]
+
+
+def start(arguments):
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -57,7 +77,7 @@ def test_every_example_is_under_60_lines():
 
 
 def test_the_plain_loop_follows_the_policy_and_shadow_equals_off(policy):
-    acted, shadow, off = (run("plain_pytorch.py", policy, m) for m in ("act", "shadow", "off"))
+    acted, shadow, off = in_modes("plain_pytorch.py", policy)
     assert [line.split()[1] for line in acted[:-1]] == ["50:", "100:", "150:"]
     dropout = [float(line.split()[3]) for line in acted[:-1]]
     assert dropout == sorted(dropout)
@@ -67,7 +87,7 @@ def test_the_plain_loop_follows_the_policy_and_shadow_equals_off(policy):
 
 @pytest.mark.parametrize("name", ["hf_trainer.py", "lightning_module.py"])
 def test_the_trainers_follow_the_policy_and_shadow_equals_off(name, policy):
-    acted, shadow, off = (run(name, policy, mode)[-1].split() for mode in ("act", "shadow", "off"))
+    acted, shadow, off = (lines[-1].split() for lines in in_modes(name, policy))
     assert float(acted[-1]) > 0.3
     assert float(off[-1]) <= 0.1
     assert shadow == off

@@ -129,7 +129,7 @@ def test_dropout_that_the_forward_pass_never_reaches_is_no_silent_no_op():
 
 def test_moving_under_compile_stays_below_the_recompilation_limit():
     torch._dynamo.reset()
-    model = build("llama", "sdpa")
+    model = build("llama", "sdpa", n_layers=1)
     compiled = torch.compile(model, backend="aot_eager")
     trial = make_trial(compiled)
     dropout, rope = DropoutKnob(compiled, trial), RopeBaseKnob(compiled, trial)

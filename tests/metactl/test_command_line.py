@@ -175,8 +175,9 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "report.json"
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0, "--suite", "full")
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0, "--suite", "full")
     small += ("--schedule-runs", 1, "--linear-runs", 0, "--static", "dropout=0")
+    small += ("--optimizer-steps", 10)
     code = metactl("evaluate", "--policy", trained / "policy", "--json", report, *small)
     assert code == 0
     summary = json.loads(report.read_text())
@@ -222,8 +223,8 @@ def test_a_policy_may_learn_from_inside_its_models_and_be_judged_there(tmp_path:
 def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0, "--schedule-runs", 1)
-    small += ("--linear-runs", 1)
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0)
+    small += ("--linear-runs", 1, "--optimizer-steps", 5)
     kept = ("--run-dir", tmp_path / "run")
     reports = []
     for name in ("first.json", "again.json"):

@@ -343,4 +343,5 @@ def test_a_model_that_the_trainer_compiles_gets_a_few_levels_of_dropout(tmp_path
     callback, logged = moving(knobs=["dropout"])
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
     train(tmp_path, callback=callback, eval_strategy="no", **compiled)
-    assert {value for _, value in series(logged, "knob/dropout")} <= {0.0, 0.15, 0.3}
+    seen = {value for _, value in series(logged, "knob/dropout")}
+    assert len(seen) > 1 and seen <= {0.0, 0.15, 0.3}

@@ -300,16 +300,20 @@ def test_a_normaliser_that_cannot_divide_is_refused(std):
         make_policy(std=np.full(N_SEEN, std))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.bool, torch.float8_e4m3fn])
-def test_weights_of_another_type_are_read_or_refused(folder, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bool])
+def test_weights_of_another_type_are_read(folder, dtype):
     weights = {k: torch.ones(v.shape).to(dtype) for k, v in make_policy().weights.items()}
     reseal(folder, save_torch_tensors(weights))
-    try:
-        loaded = Policy.load(folder)
-    except PolicyError as error:
-        assert str(folder) in str(error)
-    else:
-        assert loaded.weights["mean"].tolist() == [1.0] * N_SEEN
+    assert Policy.load(folder).weights["mean"].tolist() == [1.0] * N_SEEN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_a_type_that_numpy_lacks_are_refused(folder, dtype):
+    weights = {k: torch.ones(v.shape).to(dtype) for k, v in make_policy().weights.items()}
+    reseal(folder, save_torch_tensors(weights))
+    with pytest.raises(PolicyError) as error:
+        Policy.load(folder)
+    assert str(folder) in str(error.value)
 
 
 class Trap:

@@ -17,7 +17,10 @@ import pytest
 from metactl.cli import main
 from metactl.cluster import check_resources, cluster
 from metactl.config import ConfigError, parse
+from metactl.deployment import deployment
+from metactl.evaluation import play_arms, policy_arm
 from metactl.policy import Policy
+from metactl.shards import ShardRow
 from metactl.sweep.check import check_sweep, check_trials
 from metactl.sweep.config import SweepConfig, plan, trial_folder
 from metactl.sweep.report import missing_members, write_report
@@ -364,6 +367,12 @@ def test_a_policy_is_scored_where_the_space_says(tmp_path):
         gain = result["default_loss"] - result["loss"]
         assert result["score"] == pytest.approx(gain)
         assert result["score_low"] <= result["score"] <= result["score_high"]
+    env_id, options = deployment(Policy.load(policy), {"d_model": 16})
+    with ShardRow(env_id, 2, {**options, "split": "meta_train"}, 0) as shards:
+        start = shards.knobs.default_positions(1)[0]
+        played = play_arms(shards, [policy_arm(Policy.load(policy), start)], 2, config.seed)
+    assert large["loss"] == pytest.approx(np.mean([run.final_test for run in played["policy"]]))
+    assert large["loss"] != large["default_loss"]
 
 
 def test_a_policy_is_scored_on_every_kind_of_run_that_it_learned_on(tmp_path):
@@ -463,13 +472,12 @@ def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path):
     recipe.write_text(json.dumps(longer))
     run = start(tmp_path, tmp_path / "run")
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("trials/*/checkpoints/step-*0")):
+    while not list((tmp_path / "run").glob("trials/*/checkpoints/step-*[1-9]0")):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(2)  # learning is under way
     os.killpg(run.pid, signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=200)
     assert run.returncode == 130, err
     assert "Stopped with 3 trials left; the same command goes on" in out
     assert "Traceback" not in out + err

@@ -28,8 +28,6 @@ pytestmark = [
 ]
 
 UPDATE = 80  # control steps between checkpoints: 2 runs of 40
-N_UPDATES = 10
-LAST = (N_UPDATES - 1) * UPDATE  # the last checkpoint
 RECIPE = {
     "environment": {
         "options": {
@@ -43,7 +41,6 @@ RECIPE = {
         "n_envs": 2,
     },
     "ppo": {
-        "total_timesteps": N_UPDATES * UPDATE,
         "n_epochs": 2,
         "batch_size": UPDATE,
         "paired_runs": 2,
@@ -67,11 +64,13 @@ def cluster(monkeypatch):
 class Sweep:
     """A sweep's driver as a process, and what it leaves, looked at from outside."""
 
-    def __init__(self, tmp_path, n_trials, root=None):
+    def __init__(self, tmp_path, n_trials, root=None, n_updates=5):
         self.root = root or tmp_path / "run"
+        self.last = (n_updates - 1) * UPDATE  # the last checkpoint
         self.file = tmp_path / "sweep.yaml"
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(json.dumps(RECIPE))
+        ppo = {**RECIPE["ppo"], "total_timesteps": n_updates * UPDATE}
+        recipe.write_text(json.dumps({**RECIPE, "ppo": ppo}))
         values = {
             "recipe": str(recipe),
             "space": {"seed": {"grid": list(range(n_trials))}},
@@ -135,7 +134,7 @@ class Sweep:
         for trial in self.unfinished():
             files = (trial_folder(self.root, trial.name) / "tb").glob("events.out.tfevents.*")
             numbers = [file.name.split(".")[3:] for file in files]
-            if 0 < self.newest[trial.name] < LAST and numbers:
+            if 0 < self.newest[trial.name] < self.last and numbers:
                 pid = int(max(numbers, key=lambda number: int(number[0]))[-2])
                 with contextlib.suppress(OSError):
                     if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
@@ -177,7 +176,7 @@ def ignore(steps, mean_return):
 def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(cluster, tmp_path):
     n_kills = 20
     lost = cluster.add_node(num_cpus=1)
-    run = Sweep(tmp_path, n_trials=32)
+    run = Sweep(tmp_path, n_trials=32, n_updates=10)
     run.start(cluster.address)
     rng = random.Random(0)
     killed = {}
@@ -204,7 +203,7 @@ def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(cluster, t
 def test_a_driver_may_be_killed_again_and_again_and_its_records_be_torn(
     cluster, tmp_path, n_trials, n_kills
 ):
-    run = Sweep(tmp_path, n_trials)
+    run = Sweep(tmp_path, n_trials, n_updates=5 if n_kills == 1 else 10)
     torn = 0
     for i in range(n_kills):
         before = run.progress()
@@ -237,6 +236,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.timeout(900)
 def test_a_full_disk_is_said_in_a_line_and_nothing_finished_is_lost(small_disk, tmp_path):
     run = Sweep(tmp_path, 3, root=small_disk / "run")
     run.start()
@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_in_a_line_and_nothing_finished_is_lost(small_disk, 
     finished = {t.name for t in run.trials} - {t.name for t in run.unfinished()}
     kept = {name: read_result(trial_folder(run.root, name)) for name in finished}
     try:
-        _, err = run.driver.communicate(timeout=120)
+        _, err = run.driver.communicate(timeout=300)
     finally:
         run.driver.kill()
     assert run.driver.returncode == 2, err

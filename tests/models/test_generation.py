@@ -36,8 +36,13 @@ def test_generation_goes_on_beyond_the_context_and_keeps_the_prompt():
     generated = model.generate(tokens, 30, generator=torch.Generator().manual_seed(0))
     assert generated.shape == (2, 3, 34)
     assert torch.equal(generated[:, :, :4], tokens)
-    last = generated[:, :, 12 - 1 :]  # the 13th token was drawn from half a context
-    assert last.min() >= 0 and last.max() < 11
+    assert generated.min() >= 0 and generated.max() < 11
+    likeliest, begins = model.generate(tokens, 30, temperature=0.0), 0
+    for n in range(4, 34):
+        if n - begins > 12:  # full: from here on the latest half of a context
+            begins = n - 6
+        expected = model(likeliest[:, :, begins:n])[:, :, -1].argmax(-1)
+        assert torch.equal(likeliest[:, :, n], expected)
 
 
 def test_the_same_generator_gives_the_same_text():

@@ -146,8 +146,11 @@ def train(model, optimizer, steps, learning_rate=1e-2):
 def test_every_variant_learns_to_copy_from_half_a_sequence_back(rotation):
     """Chance is log(8) = 2.08 nats; without positions the task is much harder, but not closed."""
     model, optimizer = trainer(rotation)
-    bound = 1.6 if rotation == "nope" else 0.3
-    assert train(model, optimizer, range(200)).max() < bound
+    loss = train(model, optimizer, range(100))
+    if rotation == "nope":
+        assert 1.0 < loss.min() and loss.max() < 1.6
+    else:
+        assert loss.max() < 0.3
 
 
 def test_a_base_move_in_mid_training_keeps_the_optimizer_and_what_was_learned():
