@@ -6,10 +6,10 @@
 
 A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired` (all arms),
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
-`disturbed`; or `overview: NAME; NAME`: several evaluations, a row each (and `all` for NAME); or,
-with `headroom` for NAME, `families` or `knobs` (from docs/headroom.json), and with `rival`,
-`places` (from docs/rival.json), with `families`, `beside` (from docs/families.json), and with
-`disturbed`, `kinds` (from docs/disturbed.json).
+`disturbed`; or, of several evaluations, a row each (and `all` for NAME), `overview: NAME; NAME` or
+`beside: NAME; NAME` (a policy and the one called `default`); or, with `headroom` for NAME,
+`families` or `knobs` (from docs/headroom.json), and with `rival`, `places` (from docs/rival.json),
+and with `disturbed`, `kinds` (from docs/disturbed.json).
 """
 
 import json
@@ -24,7 +24,10 @@ import tyro
 from metactl.report import epochs_range, interval_text
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/evidence.md", "metactl/policies/default/README.md")
+DOCUMENTS = (
+    *("README.md", "docs/evidence.md"),
+    *(f"metactl/policies/{name}/README.md" for name in ("default", "families")),
+)
 _TABLE = re.compile(
     r"<!-- (?P<name>\w+) (?P<kind>\w+)(?:: (?P<arms>[^>]*))? -->\n.*?<!-- end -->", re.S
 )
@@ -39,6 +42,7 @@ _LABELS = {
     "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
     "PB2, best of 8": "PB2, best of 8 (at 8 times the compute)",
     "rival runs/progress/policy": "a policy of the same recipe that sees progress alone",
+    "rival default": "the policy `default`",
     "rival runs/grid/linear": "linear policy (CMA-ES, on training tasks)",
     "best static of training tasks": "best static setting of training tasks",
     "the same by size of the data": "best static setting of training tasks, by size of the data",
@@ -60,8 +64,12 @@ _PLACES = {
     "recall": "`recall`",
     "waves": "`waves`",
     "digits": "`digits`",
+    "families_text": "Python, as in training",
+    "families_recall": "`recall`",
+    "families_waves": "`waves`",
+    "families_digits": "`digits`",
 }
-_OWN_FILES = ("headroom", "rival", "families", "disturbed")
+_OWN_FILES = ("headroom", "rival", "disturbed")
 _ROOM = (
     "best static minus default",
     "per-task best minus best static",
@@ -97,11 +105,12 @@ def written(text: str) -> str:
 
 def _table(match: re.Match[str]) -> str:
     begin = match[0].partition("\n")[0]
-    if match["kind"] not in ("overview", *_KINDS):
-        sys.exit(f"{begin}: the kind of a table is one of overview, {', '.join(_KINDS)}")
+    if match["kind"] not in (*_OF_SEVERAL, *_KINDS):
+        known = ", ".join((*_OF_SEVERAL, *_KINDS))
+        sys.exit(f"{begin}: the kind of a table is one of {known}")
     chosen = [name.strip() for name in match["arms"].split(";")] if match["arms"] else []
-    if match["kind"] == "overview":
-        rows = _overview(chosen)
+    if match["kind"] in _OF_SEVERAL:
+        rows = _OF_SEVERAL[match["kind"]](chosen)
     else:
         rows = _KINDS[match["kind"]](_read(match["name"]), chosen)
     return "\n".join([begin, *("| " + " | ".join(row) + " |" for row in rows), "<!-- end -->"])
@@ -130,8 +139,8 @@ def _overview(names: Sequence[str]) -> list[list[str]]:
         ]
         row.append(f"{share} % [{low}, {high}]")
         row.append(f"{100 * minus['best static']['worst_decile_regret']:+.1f} %")
-        first = next(group for group in summary["by_epochs"] if group["from"] == 0)
-        row.append(interval_text(first["policy_minus"]["best static"]))
+        first = [group for group in summary["by_epochs"] if group["from"] == 0]
+        row += [interval_text(each["policy_minus"]["best static"]) for each in first] or ["none"]
         rows.append(row)
     return rows
 
@@ -244,19 +253,18 @@ def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _beside(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
-    """The policy that ships and one of all families, each beside the default setting, by place."""
-    names = {"policy": "shipped", "rival": "all families", "mean": "mean of both"}
-    ends = {"final_test": "", "best_test": " at best ckpt"}
-    rows = [["", "tasks", *(f"{name}{end}" for end in ends.values() for name in names.values())]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for place, figures in found["places"].items():
+def _beside(names: Sequence[str]) -> list[list[str]]:
+    """A policy of several families beside the default setting and `default`, by place."""
+    header = ["", "tasks", "minus default setting", "at best ckpt"]
+    rows = [[*header, "minus the policy `default`", "at best ckpt"], ["---", *["---:"] * 5]]
+    for name in names:
+        summary = _read(name)
         differences = [
-            interval_text(figures[f"{end}_minus"][f"{arm} - default"])
-            for end in ends
-            for arm in names
+            interval_text(summary["policy_minus"][arm][end])
+            for arm in ("default", "rival default")
+            for end in ("final_test", "best_checkpoint_test")
         ]
-        rows.append([_PLACES[place], str(figures["n_tasks"]), *differences])
+        rows.append([_PLACES[name], str(summary["n_tasks"]), *differences])
     return rows
 
 
@@ -270,10 +278,10 @@ def _kinds(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+_OF_SEVERAL = {"overview": _overview, "beside": _beside}
 _KINDS = {
     "kinds": _kinds,
     "places": _places,
-    "beside": _beside,
     "families": _families,
     "knobs": _knobs,
     "paired": _paired,

@@ -2,9 +2,6 @@
 
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
-    metactl train --config configs/families.yaml --run-dir runs/families
-    python -m benchmarks.rival --rival runs/families/policy --json docs/families.json \
-        --places default recall waves digits
 
 The mean acts as both do on average. All are guarded, begin at the default setting and live
 through the same runs, those of the evaluations in docs/evidence.md. What is finished is in the file

@@ -58,7 +58,8 @@ class Apply:
     """Train new models under a policy; with --compare, beside paired twins at default knobs."""
 
     policy: Path
-    """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
+    """Folder of a trained policy, such as RUN_DIR/policy, or the name of one that ships: 'default',
+    or 'families' for what is not text."""
     run_dir: Path
     """New directory for the trained models, losses, figure and TensorBoard files."""
     data: Annotated[Path | None, _by_default("the Python standard library's sources")] = None
@@ -102,7 +103,8 @@ class Evaluate:
     """Compare a policy on paired held-out runs: static settings, a rule, and itself made blind."""
 
     policy: Path = Path("default")
-    """Folder of a trained policy, such as RUN_DIR/policy, or 'default': the one that ships."""
+    """Folder of a trained policy, such as RUN_DIR/policy, or the name of one that ships: 'default',
+    or 'families' for what is not text."""
     run_dir: Path | None = None
     """Keep what was played here: the same command goes on after a stop, and plays nothing twice."""
     json: Path | None = None

@@ -359,21 +359,21 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     assert re.search("Not a directory", message)
 
 
-def test_the_shipped_policy_is_found_by_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["default", "families"])
+def test_a_policy_that_ships_is_found_by_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    shipped = Policy.load("default")
-    folder = find_policy("default")
+    shipped = Policy.load(name)
+    folder = find_policy(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
     assert "dropout" in {knob.name for knob in shipped.card.knobs}
     assert shipped.card.evaluation["n_tasks"] >= 32
     assert "policy" in shipped.card.evaluation["arms"]
-    with pytest.raises(
-        PolicyError, match=r"Unknown policy 'defualt'\. Known: default\. Did you mean"
-    ):
+    known = r"Unknown policy 'defualt'\. Known: default, families\. Did you mean"
+    with pytest.raises(PolicyError, match=known):
         Policy.load("defualt")
-    (tmp_path / "default").mkdir()  # somebody's own folder of this name comes first
+    (tmp_path / name).mkdir()  # somebody's own folder of this name comes first
     with pytest.raises(PolicyError, match="No such file"):
-        Policy.load("default")
+        Policy.load(name)
 
 
 def test_the_shipped_policy_came_from_the_packaged_recipe():
@@ -386,9 +386,10 @@ def test_the_shipped_policy_came_from_the_packaged_recipe():
     assert made_by.recipe == "default" and trained.seed in made_by.space["seed"].grid
 
 
-def test_the_shipped_policy_is_small():
-    folder = find_policy("default")
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 200_000
+def test_the_policy_of_several_families_came_from_its_recipe():
+    card = Policy.load("families").card
+    recipe = read_config(TrainConfig, find_config("families"), {})
+    assert parse(TrainConfig, card.training["config"], "the card") == recipe
 
 
 def test_a_card_does_not_choose_which_module_is_imported(tmp_path, monkeypatch):
