@@ -219,7 +219,10 @@ def test_a_run_that_became_longer_goes_on_as_of_its_new_length(caplog):
     state = json.loads(json.dumps(Loop(moving()).train(STEPS).controller.state_dict()))
     longer = Loop(moving(), total_steps=2 * STEPS)
     longer.controller.load_state_dict(state)
-    assert f"was to have {STEPS} optimizer steps and has {2 * STEPS} now" in caplog.text
+    assert (
+        f"was to have {STEPS} optimizer steps (6 control steps), now it has {2 * STEPS} (6)"
+        in caplog.text
+    )
     progress = longer.controller._run._history["progress"][0]
     assert progress[-1] == 0.5 and np.isfinite(progress).sum() <= 3 + 2
     longer.train(STEPS)
