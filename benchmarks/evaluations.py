@@ -14,13 +14,14 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from benchmarks.places import FAMILIES, PLACES
+from benchmarks.places import FAMILIES, PLACES, Place, named
 from benchmarks.provenance import write
 from metactl.policy import Policy
 
@@ -47,9 +48,8 @@ class Options:
     """Only print the commands."""
 
 
-def command(options: Options, name: str, knobs: tuple[str, ...]) -> list[str]:
+def command(options: Options, name: str, place: Place, knobs: Sequence[str]) -> list[str]:
     """Arguments of `metactl` that evaluate a policy in a place."""
-    place = (PLACES | FAMILIES)[name]
     chosen = {**place.options, "knobs": f"[{','.join((*knobs, _UNMOVED))}]", "compile": "true"}
     arguments = ["evaluate", "--policy", options.policy, "--n-tasks", str(place.n_tasks)]
     arguments += ["--grid", str(place.grid), "--optimizer-steps", str(chosen.pop("horizon"))]
@@ -70,20 +70,14 @@ def command(options: Options, name: str, knobs: tuple[str, ...]) -> list[str]:
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    places = PLACES | FAMILIES
-    if unknown := sorted(set(options.places) - set(places)):
-        print(
-            f"evaluations: places must be of {', '.join(places)}, got {', '.join(unknown)}",
-            file=sys.stderr,
-        )
-        return 2
     try:
-        knobs = tuple(knob.name for knob in Policy.load(options.policy).card.knobs)
+        places = named(options.places)
+        knobs = [knob.name for knob in Policy.load(options.policy).card.knobs]
     except ValueError as error:
         print(f"evaluations: {error}", file=sys.stderr)
         return 2
-    for name in options.places:
-        arguments = command(options, name, knobs)
+    for name, place in places.items():
+        arguments = command(options, name, place, knobs)
         print("metactl", shlex.join(arguments), flush=True)
         if options.dry_run:
             continue

@@ -1,6 +1,7 @@
 """Runs that no policy was trained on: other text, larger models, longer runs, other families."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,15 @@ FAMILIES = {
     task: Place(options={"horizon": 240, "context": 64, "task": task})
     for task in ("recall", "waves", "digits")
 }
+
+
+def named(names: Sequence[str]) -> dict[str, Place]:
+    """The places of these names.
+
+    Raises:
+        ValueError: For one that is unknown.
+    """
+    places = PLACES | FAMILIES
+    if unknown := sorted(set(names) - set(places)):
+        raise ValueError(f"places must be of {', '.join(places)}, got {', '.join(unknown)}")
+    return {name: places[name] for name in names}

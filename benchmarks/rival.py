@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.places import FAMILIES, PLACES, Place
+from benchmarks.places import PLACES, Place, named
 from benchmarks.provenance import write
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
@@ -72,9 +72,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
     try:
-        places = PLACES | FAMILIES
-        if unknown := sorted(set(options.places) - set(places)):
-            raise ValueError(f"places must be of {', '.join(places)}, got {', '.join(unknown)}")
+        places = named(options.places)
         policy, rival = Policy.load(options.policy), Policy.load(options.rival)
         alike = rival if rival.card.hidden else rival.as_network(policy.card.hidden)
         mean = Policy.mean_of([policy, alike])
@@ -83,8 +81,8 @@ def main() -> None:
         sys.exit(2)
     policies = {"mean": mean, "policy": policy, "rival": rival}
     figures: dict[str, Any] = {"places": {}}
-    for name in options.places:
-        figures["places"][name] = found = compare(policies, places[name])
+    for name, place in places.items():
+        figures["places"][name] = found = compare(policies, place)
         write(options.json, figures)
         differences = found["final_test_minus"].items()
         print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in differences), flush=True)

@@ -176,7 +176,7 @@ class Controller:
         written = Log(log, strict=self.strict)
         tokens = (tokens_per_step, unique_tokens)
         check_attachment(model, optimizer, total_steps, tokens, on_unsupported)
-        adapters = self._find(knobs, model, optimizer, on_unsupported, (example, compiled))
+        adapters = self._find(knobs, model, optimizer, on_unsupported, example, compiled)
         held = {name for name, adapter in adapters.items() if isinstance(adapter, ModelKnob)}
         others = _moved.setdefault(unwrapped(model), set())
         try:
@@ -308,7 +308,8 @@ class Controller:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         on_unsupported: str | None,
-        shown: tuple[Any, bool | None],
+        example: Any,
+        compiled: bool | None,
     ) -> dict[str, KnobAdapter]:
         missing: dict[str, str] = {}
         wanted: Sequence[str | KnobAdapter] = KNOWN if knobs is None else knobs
@@ -316,7 +317,7 @@ class Controller:
             names = [knob.name for knob in self.controller.policy.card.knobs]
             missing = {n: "no way to move it in this model" for n in names if n not in KNOWN}
             wanted = [name for name in names if name in KNOWN]
-        found, refused = find_adapters(wanted, model, optimizer, *shown)
+        found, refused = find_adapters(wanted, model, optimizer, example, compiled)
         missing |= refused
         strict = knobs is not None if on_unsupported is None else on_unsupported == "raise"
         if not found or (missing and strict):

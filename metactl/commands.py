@@ -119,7 +119,7 @@ class Evaluate:
     """Id of the environment, MODULE:NAME-vN, where the policy was trained in one of yours."""
     suite: Literal["quick", "full"] = "quick"
     """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs, searches:
-    about three hours on 2 cores."""
+    hours, so give --run-dir, too."""
     beforehand: bool = False
     """Also tune a static setting on tasks of meta-training, and begin there whatever moves
     knobs."""

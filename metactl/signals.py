@@ -79,6 +79,8 @@ class History:
         """Takes in the columns of a history of any length, thinned where they do not fit."""
         n_runs, length = self.columns["progress"].shape
         there = np.shape(state["progress"])[-1]
+        if there < 2:  # a run begins, and ends
+            raise ValueError(f"a history needs at least 2 columns, got {there}")
         like = np.empty((n_runs, there))
         self.columns = {name: from_json(state[name], like) for name in self.columns}
         while len(self) > length:

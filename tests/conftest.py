@@ -3,7 +3,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
 
-import jaxtyping
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -13,15 +12,6 @@ READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 READS |= {"_linalg_check_errors", "linalg_inv", "linalg_matrix_exp"}
 BRINGS = {"lift_fresh", "lift_fresh_copy"}  # what torch.tensor(numbers) does
 COPIES = {"tolist", "numpy", "cpu", "__array__"}  # seen in Python only, where no copy is needed
-
-
-@pytest.fixture(autouse=True)
-def shapes_are_checked(request):
-    """Where tests call what checks its shapes; elsewhere these checks are a fifth of the time."""
-    inside = request.path.parent.name in ("models", "envs")
-    jaxtyping.config.update("jaxtyping_disable", not inside)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from benchmarks import cost, disturbed, evaluations, population, single
-from benchmarks.places import FAMILIES, PLACES
+from benchmarks.places import FAMILIES, PLACES, named
 from benchmarks.provenance import write
 from benchmarks.rotation.jobs import train_arm
 from benchmarks.timing import in_turn, ratio
@@ -58,10 +58,12 @@ def test_sides_take_turns_and_what_warms_up_does_not_count():
 @pytest.mark.parametrize("name", [*PLACES, *FAMILIES])
 def test_evaluations_are_commands_that_metactl_understands(name, tmp_path):
     options = evaluations.Options(rival=["default"], figures=tmp_path)
-    arguments = evaluations.command(options, name, ("dropout",))
+    place = named([name])[name]
+    arguments = evaluations.command(options, name, place, ["dropout"])
     found = tyro.cli(Command, args=arguments)
     assert isinstance(found, Evaluate)
     assert "knobs=[dropout,weight_decay]" in found.set
+    assert found.n_tasks == place.n_tasks and found.grid == place.grid
     assert (found.suite == "full") == (name == "default") == (found.rival == ["default"])
 
 
@@ -97,3 +99,8 @@ def test_who_is_told_of_a_raised_rate_lowers_it_while_it_lasts_and_then_comes_ba
     # Control steps 8 to 11 are disturbed: a tenth of the range each way in each of them.
     wanted = [0.5] * 8 + [0.4, 0.3, 0.2, 0.1] + [0.2, 0.3, 0.4] + [0.5] * 25
     assert seen == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_place_that_nobody_knows_is_named():
+    with pytest.raises(ValueError, match=r"places must be of default, .*, digits, got nope"):
+        named(["cpp", "nope"])

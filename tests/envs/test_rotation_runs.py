@@ -92,13 +92,9 @@ def test_an_exported_model_has_the_logits_of_its_row_and_writes_text(rotation):
     with torch.no_grad():
         exported = run.export(0)(tokens[:1])[0]
         torch.testing.assert_close(exported, run.model(tokens)[0], atol=1e-10, rtol=0)
-    assert len(run.sample(0, 20).encode("utf-8", "replace")) >= 20
-
-
-def test_what_a_run_writes_is_the_same_each_time():
-    run = start(SEEDS, "rope")
-    run.advance(3)
-    assert run.sample(0, 20) == run.sample(0, 20) != run.sample(1, 20)
+    text = run.sample(0, 20)
+    assert text == run.sample(0, 20)
+    assert len(text.encode("utf-8", "replace")) >= 20
 
 
 @pytest.mark.parametrize("rotation", NAMES)
@@ -117,7 +113,7 @@ def test_the_environment_takes_the_rotation_by_name(rotation):
     single.close(), several.close()
 
 
-@pytest.mark.parametrize("rotation", ["rope", "nope", "block+conditional+t5"])
+@pytest.mark.parametrize("rotation", NAMES)
 @pytest.mark.parametrize("check", [gymnasium_check, sb3_check], ids=["gymnasium", "sb3"])
 def test_the_environment_passes_both_checkers(rotation, check):
     options = {**TINY, "n_layers": 1, "horizon": 4, "n_control_steps": 2, "rotation": rotation}

@@ -29,11 +29,9 @@ FAMILIES = {
 WITH_ROPE = [name for name in FAMILIES if name != "gpt2"]
 
 
-def build(family, attention="eager", n_layers=None):
+def build(family, attention="eager"):
     torch.manual_seed(0)
     config = copy.deepcopy(FAMILIES[family])
-    if n_layers is not None:
-        config.num_hidden_layers = n_layers
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     return model.train()
 

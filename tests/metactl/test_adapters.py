@@ -129,7 +129,7 @@ def test_dropout_that_the_forward_pass_never_reaches_is_no_silent_no_op():
 
 def test_moving_under_compile_stays_below_the_recompilation_limit():
     torch._dynamo.reset()
-    model = build("llama", "sdpa", n_layers=1)
+    model = build("llama", "sdpa")
     compiled = torch.compile(model, backend="aot_eager")
     trial = make_trial(compiled)
     dropout, rope = DropoutKnob(compiled, trial), RopeBaseKnob(compiled, trial)
@@ -207,22 +207,24 @@ def test_what_happens_sealed_leaves_no_trace():
         assert torch.equal(value, state[name]), name
 
 
+class Interrupted(torch.optim.SGD):
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
 def test_a_step_that_raised_does_not_leave_the_rate_multiplied():
-    class Interrupted(torch.optim.SGD):
-        fails = True
-
-        def step(self, closure=None):
-            if self.fails:
-                raise RuntimeError("out of memory")
-            return super().step(closure)
-
     weight = nn.Parameter(torch.zeros(1))
     optimizer = Interrupted([weight], lr=0.5)
     LearningRateKnob(optimizer).write(2.0)
     weight.grad = torch.ones(1)
+    optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
-    Interrupted.fails = False
+    optimizer.fails = False
     optimizer.step()
     assert weight.item() == -1.0
     assert optimizer.param_groups[0]["lr"] == 0.5
@@ -230,14 +232,6 @@ def test_a_step_that_raised_does_not_leave_the_rate_multiplied():
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_a_scheduler_goes_on_past_a_step_that_raised_as_it_would_alone(factor):
-    class Interrupted(torch.optim.SGD):
-        fails = False
-
-        def step(self, closure=None):
-            if self.fails:
-                raise RuntimeError("out of memory")
-            return super().step(closure)
-
     def rates(controlled):
         weight = nn.Parameter(torch.zeros(1))
         weight.grad = torch.ones(1)
@@ -248,7 +242,7 @@ def test_a_scheduler_goes_on_past_a_step_that_raised_as_it_would_alone(factor):
             adapter.write(factor)
         seen = []
         for i in range(4):
-            Interrupted.fails = i == 1
+            optimizer.fails = i == 1
             with contextlib.suppress(RuntimeError):
                 optimizer.step()
             schedule.step()

@@ -195,7 +195,7 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     moving = rules | {"policy", "replay", "yoked", "random moves", "PBT, best of 8"}
     moving |= {"PB2, best of 8", "best schedule", "schedule told the data size"}
     assert set(there) == moving | {"best static of training tasks"}
-    assert there["policy"] == arms["policy from there"] != arms["policy"]
+    assert there["policy"]["final_test"] != arms["policy"]["final_test"]
     disturbed = summary["disturbed"]
     blind = {"best static", "replay", "yoked", "best schedule", "schedule told the data size"}
     assert set(disturbed["arms"]) == rules | blind | {"policy"}
@@ -417,12 +417,18 @@ class Forgetful(TrainingRun):
 '''
 
 
-def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "my_faulty_run.py").write_text(FAULTY_RUN)
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user stands; modules that are found there are forgotten again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "my_faulty_run.py").write_text(FAULTY_RUN)
     assert metactl("check", "my_faulty_run:Forgetful") == 1
     out = capsys.readouterr().out
     assert "the seed has no effect" in out
@@ -432,20 +438,18 @@ def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
 
 
 def test_check_finds_what_only_whole_runs_would_stumble_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixed = "horizon = property(lambda self: 20)"
     all_rows = "[slice(None) if rows is None else list(rows)]"
     assert all_rows in FAULTY_RUN
     faulty = FAULTY_RUN.replace("n_runs, horizon = 2, 40", f"n_runs = 2\n    {fixed}")
-    (tmp_path / "my_other_run.py").write_text(faulty.replace(all_rows, ""))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "my_other_run.py").write_text(faulty.replace(all_rows, ""))
     assert metactl("check", "my_other_run:Forgetful") == 1
     out = capsys.readouterr().out
     assert "it is 20, and there are 40 control steps" in out
     assert "evaluate('probe', rows=[1]) gave [" in out
-    (tmp_path / "my_fixed_run.py").write_text(faulty.replace("20)", "40)"))
+    (here / "my_fixed_run.py").write_text(faulty.replace("20)", "40)"))
     assert metactl("check", "my_fixed_run:Forgetful") == 1
     assert "it cannot be set, and is rounded" in capsys.readouterr().out
 
@@ -459,24 +463,24 @@ def test_an_argument_that_a_variable_left_empty_is_refused(
 
 
 def test_train_finds_a_module_where_the_user_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant = Path(__file__).parents[2] / "examples" / "tracking_plant.py"
     text = plant.read_text().replace('"Tracking', '"MyTracking')
     text = text.replace("tracking_plant", "plant_of_mine")
-    (tmp_path / "plant_of_mine.py").write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    (here / "plant_of_mine.py").write_text(text)
     place = ("--set", "environment.id=plant_of_mine:MyTracking-v0", "--n-workers", 0)
     short = ("--n-envs", 4, "--total-timesteps", 160, "--set", "ppo.batch_size=40")
     short += ("--set", "set_point_runs=0")
     assert metactl("train", "--run-dir", "run", *place, *short) == 0
-    assert Policy.load(tmp_path / "run" / "policy").card.knobs
+    assert Policy.load(here / "run" / "policy").card.knobs
     where = ("--policy", "run/policy", "--run-dir", "applied")
     said = refused(capsys, "apply", *where)
     assert "may not choose which code runs here" in said and "--environment plant_of_mine:" in said
     named = ("--environment", "plant_of_mine:MyTracking-v0")
     assert metactl("apply", *where, *named) == 0
+    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0)
+    assert metactl("evaluate", "--policy", "run/policy", *named, *small) == 0
     no_single_run = refused(capsys, "check", "plant_of_mine:MyTracking-v0")
     assert "vector_entry_point alone" in no_single_run and "MODULE:CLASS" in no_single_run
 

@@ -252,3 +252,10 @@ def test_reading_an_unknown_entry_suggests_a_known_one():
         ValueError, match=r"Unknown observation .* Did you mean 'signal/probe_level'"
     ):
         CODEC.read(observe(history(RECORD)), "signal/probe_levl")
+
+
+@pytest.mark.parametrize("progress", [[[]], [[0.0]]])
+def test_columns_that_hold_no_run_are_no_history(progress):
+    history = History(1, 4)
+    with pytest.raises(ValueError, match="a history needs at least 2 columns, got"):
+        history.load_state_dict({"progress": progress})

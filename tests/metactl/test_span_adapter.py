@@ -165,7 +165,7 @@ def test_what_cannot_be_narrowed_is_refused():
 @pytest.mark.parametrize(("family", "late"), [("llama", False), ("mistral", True), ("gpt2", True)])
 def test_moving_a_compiled_model_compiles_twice_at_most(family, late):
     torch._dynamo.reset()
-    model = build(family, "sdpa", n_layers=1).eval()
+    model = build(family, "sdpa").eval()
     compiled = torch.compile(model, backend="aot_eager")
     if late:  # compiled before the hooks came
         compiled(TOKENS).logits.sum().backward()

@@ -15,8 +15,7 @@ moves = {
     "embedding_width": (0.25, 0.5, 0.75, 1.0),
 }
 def live():
-    shape = TransformerConfig(context=64, d_model=32, n_layers=1)
-    model = AdaptiveTransformer(shape, dtype=torch.float64)
+    model = AdaptiveTransformer(TransformerConfig(context=64, d_model=32), dtype=torch.float64)
     model.initialise([0], [0])
     model.set_knobs({"dropout": 0.1})
     model.reserve_noise(128)
