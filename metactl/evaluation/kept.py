@@ -1,11 +1,12 @@
 """What an evaluation played is kept, so that one that was stopped goes on where it was.
 
 A file holds the results of the runs of one population: a checksum, then plain arrays. Its name is a
-hash of all that determines them: environment, options, tasks, controllers, and the library's own
-source. Code outside of the library (a plant, a model) is not in the name; so the first population
-that is found is played again, and must come out the same.
+hash of all that determines them: environment, options, tasks, controllers, and the source of what
+plays them here. Code outside of the library (a plant, a model) is not in the name; so the first
+population that is found is played again, and must come out the same.
 """
 
+import ast
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ from metactl.files import read_bytes, write_atomically
 from metactl.rollout import Between, PlannedRun, PlayedRun
 from metactl.shards import ShardRow
 
-_LIBRARY = Path(__file__).parent.parent
+_LIBRARY = "metactl"
+_PLAYS = (
+    "metactl.shards",
+    "metactl.controllers",
+    "metactl.evaluation.pbt",
+    "metactl.adapters.optimizer",  # knobs of our environments are made of it
+)
 _VALUES = "values/"
 _CHECKSUM = 32  # bytes, in front
 _LARGEST = 1 << 32  # bytes of a file
@@ -89,11 +97,38 @@ class KeepingRow(ShardRow):
 
 @cache
 def _source() -> str:
-    """Hash of the library's own code."""
+    """Hash of the library's code that plays runs."""
     found = hashlib.sha256()
-    for path in sorted(_LIBRARY.rglob("*.py")):
-        found.update(path.relative_to(_LIBRARY).as_posix().encode() + path.read_bytes())
+    for name, text in sorted(sources_that_play().items()):
+        found.update(name.encode() + text)
     return found.hexdigest()
+
+
+def sources_that_play() -> dict[str, bytes]:
+    """By module: the source of shards, controllers, populations, and of all that they import here.
+
+    What only reports on runs is not among them: it can change, and runs are found again.
+    """
+    found: dict[str, bytes] = {}
+    waiting = list(_PLAYS)
+    while waiting:
+        name = waiting.pop()
+        spec = find_spec(name) if name not in found else None
+        if spec is not None and spec.origin is not None:
+            found[name] = Path(spec.origin).read_bytes()
+            waiting += [other for other in _imports(found[name]) if other not in found]
+    return found
+
+
+def _imports(source: bytes) -> list[str]:
+    """Modules of the library that a source names in its imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if name.partition(".")[0] == _LIBRARY and name != _LIBRARY]
 
 
 def _packed(results: Sequence[PlayedRun]) -> bytes:

@@ -14,8 +14,9 @@ from toy_plant import TOY
 
 from metactl.config import ConfigError
 from metactl.controllers import Replay
+from metactl.evaluation import kept
 from metactl.evaluation.arms import Arm, paired_episodes, play_arms, static_arm
-from metactl.evaluation.kept import KeepingRow, _keep, _packed, _read
+from metactl.evaluation.kept import KeepingRow, _keep, _packed, _read, sources_that_play
 from metactl.rollout import PlannedRun
 
 N = 8
@@ -164,3 +165,24 @@ def test_names_are_the_same_in_every_process(tmp_path):
         command = [sys.executable, "-c", program, str(tmp_path)]
         subprocess.run(command, env=environment, check=True, timeout=120)
     assert len(list(tmp_path.glob("*.played"))) == 1
+
+
+def test_runs_are_kept_by_the_code_that_plays_them_and_not_by_what_reports(monkeypatch, tmp_path):
+    sources = sources_that_play()
+    plays = {"env", "rollout", "signals", "knobs", "policy", "run", "evaluation.bandit"}
+    plays |= {"controllers", "controllers.guard", "controllers.learned", "evaluation.pbt"}
+    assert {f"metactl.{name}" for name in plays} <= sources.keys()
+    reports = {"cli", "report", "evaluation.summary", "evaluation.suite", "attach", "sweep.run"}
+    assert not {f"metactl.{name}" for name in reports} & sources.keys()
+
+    def name_of_a_file():
+        kept._source.cache_clear()
+        with KeepingRow(tmp_path, TOY, 4, {"n_control_steps": N}, 0) as row:
+            return row._path(trials(4), None)
+
+    before = name_of_a_file()
+    assert name_of_a_file() == before
+    other = {**sources, "metactl.controllers.guard": b"pass"}
+    monkeypatch.setattr(kept, "sources_that_play", lambda: other)
+    assert name_of_a_file() != before
+    kept._source.cache_clear()
