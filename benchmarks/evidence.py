@@ -39,6 +39,7 @@ _LABELS = {
     "linear policy": "best linear policy (CMA-ES, on training tasks)",
     "best schedule": "best schedule (CMA-ES, on training tasks)",
     "schedule told the data size": "best schedule that is told the data size",
+    "schedule told the task": "best schedule that is told the data size and the peak rate",
     "PBT, best of 8": "PBT, best of 8 (at 8 times the compute)",
     "PB2, best of 8": "PB2, best of 8 (at 8 times the compute)",
     "rival runs/progress/policy": "a policy of the same recipe that sees progress alone",
@@ -46,6 +47,8 @@ _LABELS = {
     "rival runs/grid/linear": "linear policy (CMA-ES, on training tasks)",
     "best static of training tasks": "best static setting of training tasks",
     "the same by size of the data": "best static setting of training tasks, by size of the data",
+    "the same, told the task": "best static setting of training tasks that are most alike",
+    "best static by epochs": "best static setting by epochs of the data, chosen on these tasks",
     "policy from there": "the policy, begun at the best static of training tasks",
     "policy from the worst static": "the policy, begun at the worst static setting",
     "another run's all signals": "the policy, fed another run's signals",
@@ -207,8 +210,7 @@ def _costs(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
     for arm in arms:
         minus, runs = summary["policy_minus"][arm], summary["break_even"][arm]
         steps, flops = (
-            f"{100 * minus[f'share_of_{what}_to_its_final_loss']:.0f} %"
-            for what in ("run", "flops")
+            _reached(minus[f"share_of_{what}_to_its_final_loss"]) for what in ("run", "flops")
         )
         rows.append(
             [_label(arm, summary), steps, flops, "never" if runs is None else f"{runs:,.0f}"]
@@ -290,6 +292,11 @@ _KINDS = {
     "epochs": _epochs,
     "disturbed": _disturbed,
 }
+
+
+def _reached(share: float) -> str:
+    """A median over tasks, where runs that never get there count as 2."""
+    return "not reached by most" if share >= 2 else f"{100 * share:.0f} %"
 
 
 def _percent(share: float | None) -> str:

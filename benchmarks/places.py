@@ -1,10 +1,20 @@
-"""Runs that no policy was trained on: other text, larger models, longer runs, other families."""
+"""Runs that no policy was trained on: other text, larger models, longer runs, other families.
+
+And how benchmarks play there, and what they say of it.
+"""
 
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from metactl.deployment import deployment
+from metactl.evaluation import Results, Where
+from metactl.evaluation.summary import column, plain
+from metactl.policy import Policy
+from metactl.shards import default_workers
+from metactl.statistics import paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +69,25 @@ def named(names: Sequence[str]) -> dict[str, Place]:
     if unknown := sorted(set(names) - set(places)):
         raise ValueError(f"places must be of {', '.join(places)}, got {', '.join(unknown)}")
     return {name: places[name] for name in names}
+
+
+def where_of(policy: Policy, place: Place) -> Where:
+    """The environment of a place, as a policy is put to work there."""
+    options = {**place.options, "compile": True}
+    env_id, options = deployment(policy, options, data=place.data)
+    return Where(env_id=env_id, options=options, n_envs=16, n_workers=default_workers())
+
+
+def differences(played: Results, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Mean test losses of all arms, and paired differences of some, at the end and at the best
+    checkpoint: JSON values.
+    """
+    found: dict[str, Any] = {"n_tasks": len(next(iter(played.values())))}
+    for which in ("final_test", "best_test"):
+        losses = {name: column(runs, which) for name, runs in played.items()}
+        found[which] = {name: float(loss.mean()) for name, loss in losses.items()}
+        found[f"{which}_minus"] = {
+            f"{one} - {other}": plain(paired_difference(losses[one], losses[other]))
+            for one, other in pairs
+        }
+    return found

@@ -18,17 +18,13 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.places import PLACES, Place, named
+from benchmarks.places import PLACES, Place, differences, named, where_of
 from benchmarks.provenance import write
-from metactl.deployment import deployment
-from metactl.evaluation import Where, play_arms
+from metactl.evaluation import play_arms
 from metactl.evaluation.arms import from_arm, static_arm
 from metactl.evaluation.place import Counter
-from metactl.evaluation.summary import column, plain
 from metactl.policy import Policy
 from metactl.progress import bar
-from metactl.shards import default_workers
-from metactl.statistics import paired_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +43,16 @@ class Options:
 
 def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
     """Test losses of all, and how far each is below or above the policy."""
-    policy = policies["policy"]
-    options = {**place.options, "compile": True}
-    env_id, options = deployment(policy, options, data=place.data)
-    where = Where(env_id=env_id, options=options, n_envs=16, n_workers=default_workers())
-    with closing(where.open()) as shards, bar("Paired runs") as progress:
+    with (
+        closing(where_of(policies["policy"], place).open()) as shards,
+        bar("Paired runs") as progress,
+    ):
         default = shards.knobs.default_positions(1)[0]
         arms = [from_arm(each, name, default) for name, each in policies.items()]
         arms.append(static_arm("default", default))
         count = Counter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
-    found: dict[str, Any] = {"n_tasks": place.n_tasks}
-    for which in ("final_test", "best_test"):
-        losses = {name: column(runs, which) for name, runs in played.items()}
-        found[which] = {name: float(loss.mean()) for name, loss in losses.items()}
-        found[f"{which}_minus"] = {
-            f"{one} - {other}": plain(paired_difference(losses[one], losses[other]))
-            for one, other in combinations(losses, 2)
-        }
-    return found
+    return differences(played, list(combinations(played, 2)))
 
 
 def main() -> None:
@@ -84,8 +71,8 @@ def main() -> None:
     for name, place in places.items():
         figures["places"][name] = found = compare(policies, place)
         write(options.json, figures)
-        differences = found["final_test_minus"].items()
-        print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in differences), flush=True)
+        ends = found["final_test_minus"].items()
+        print(name, *(f"{pair} {x['estimate']:+.4f}" for pair, x in ends), flush=True)
 
 
 if __name__ == "__main__":

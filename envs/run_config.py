@@ -18,6 +18,7 @@ from metactl.knobs import Knob
 from models import TransformerConfig
 
 PRECISIONS = ("highest", "high", "medium")
+_RATE_STREAM, _SCALE_STREAM = 4, 6
 _LONGEST = 1 << 31  # optimizer steps, and more than anybody has
 
 
@@ -43,9 +44,9 @@ class RunConfig:
             full width and span, so that cheaper knobs give more steps.
         unique_bytes: Range of the unique training data, in tokens, drawn log-uniformly.
         learning_rate: Peak of the schedule (linear warm-up, cosine decay), or a range from which
-            each run draws its own log-uniformly.
+            each task draws its own log-uniformly.
         initial_scale: Factor of the initial weights (norms excepted), or a range from which each
-            run draws its own log-uniformly.
+            task draws its own log-uniformly.
         warmup: Share of the horizon spent warming up.
         final_learning_rate: Learning rate at the end, as a share of the peak.
         weight_decay: Decoupled decay of matrices and embeddings.
@@ -213,7 +214,17 @@ def as_range(value: float | tuple[float, float]) -> tuple[float, float]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
-    """A run's own number of a range, log-uniform by its seed."""
+def peak_learning_rate(config: "RunConfig", task_seed: int) -> float:
+    """That of a task, like its data: users know both before they train."""
+    return _drawn(config.learning_rate, task_seed, _RATE_STREAM)
+
+
+def initial_scale(config: "RunConfig", task_seed: int) -> float:
+    """Factor of the initial weights of a task's runs."""
+    return _drawn(config.initial_scale, task_seed, _SCALE_STREAM)
+
+
+def _drawn(value: float | tuple[float, float], seed: int, stream: int) -> float:
+    """A number of a range, log-uniform by a seed."""
     low, high = as_range(value)
     return float(low * (high / low) ** np.random.default_rng([seed, stream]).uniform())

@@ -15,7 +15,7 @@ from envs.graph import Graph, fused, matmul_precision
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.memory import require_memory
 from envs.reader import Reader
-from envs.run_config import RunConfig, drawn
+from envs.run_config import RunConfig, initial_scale, peak_learning_rate
 from envs.tasks import Task
 from envs.tasks.family import PROBE_SEQUENCES, TEST_SEQUENCES
 from metactl.config import parse
@@ -29,8 +29,7 @@ from models.internals import noise_scale
 
 _WATCHED = 8  # probe sequences from which internal signals are read
 _PROMPT_BYTES = 16  # what a sample continues
-_DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM, _RATE_STREAM = 1, 2, 3, 4
-_SCALE_STREAM = 6
+_DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM = 1, 2, 3
 _TASK_ROWS = ("train_start", "train_tokens", "probe", "test")
 _SHOWN = (
     *("train_loss", "train_loss_std", "gradient_norm"),
@@ -134,6 +133,13 @@ class AdaptiveTransformerRun(TrainingRun):
     def sample_task(self, seed: int, split: str = "meta_train") -> Task:
         return self.family.sample(seed, split)
 
+    def descriptors(self, seed: int, split: str = "meta_train") -> Mapping[str, float]:
+        known = {
+            "unique_tokens": self.sample_task(seed, split).train_tokens,
+            "peak_learning_rate": peak_learning_rate(self.config, seed),
+        }
+        return {name: float(np.log10(value)) for name, value in known.items()}
+
     def fingerprint(self) -> str:
         return self.family.fingerprint()
 
@@ -150,8 +156,7 @@ class AdaptiveTransformerRun(TrainingRun):
         if not rows:
             return
         self._write(rows, "seed", seeds)
-        peaks = [drawn(self.config.learning_rate, seed, _RATE_STREAM) for seed in seeds]
-        self._write(rows, "peak", peaks)
+        self._write(rows, "peak", [peak_learning_rate(self.config, task.seed) for task in tasks])
         self._assign(rows, tasks)
         switching = self.disturbances.draw(rows, seeds, self.horizon)
         if switching:
@@ -162,8 +167,7 @@ class AdaptiveTransformerRun(TrainingRun):
             self._rows[name][rows] = 0
         weight_seeds = hashed_integers(1 << 62, torch.tensor(seeds), torch.tensor(_WEIGHT_STREAM))
         self.model.initialise(rows, weight_seeds.tolist())
-        scales = [drawn(self.config.initial_scale, seed, _SCALE_STREAM) for seed in seeds]
-        self.model.scale_weights_(rows, scales)
+        self.model.scale_weights_(rows, [initial_scale(self.config, task.seed) for task in tasks])
         self.optimizer.reset_rows(rows)
         self._set_knobs(
             {

@@ -167,7 +167,7 @@ class Balance:
 
 
 def settling_steps(drive: FloatArray, onset: int) -> int:
-    """Control steps from a disturbance until the run is in balance for `HELD` steps in a row.
+    """Control steps from a disturbance until a run that left its balance holds it for `HELD` steps.
 
     Args:
         drive: After each control step of one run, `[n_control_steps]`.
@@ -177,7 +177,9 @@ def settling_steps(drive: FloatArray, onset: int) -> int:
         0 if the run never left its balance; as many as are left of the run, if it never settles.
     """
     balanced = np.asarray(drive)[onset:] <= BALANCE
-    for start in range(len(balanced)):
+    if balanced.all():
+        return 0
+    for start in range(int(balanced.argmin()), len(balanced) - HELD + 1):
         if balanced[start : start + HELD].all():
             return start
     return len(balanced)

@@ -132,6 +132,17 @@ class TrainingRun(abc.ABC):
         """
         return None
 
+    def descriptors(self, seed: int, split: str = "meta_train") -> Mapping[str, float]:
+        """What is known of a task before it is trained, as numbers by name: always the same names.
+
+        Evaluations tell it to settings and schedules that a policy is compared with.
+
+        Args:
+            seed: Of the task.
+            split: Where it is drawn from.
+        """
+        return {}
+
     def fingerprint(self) -> str:
         """What tells the data that tasks are made of from other data; empty where nobody says."""
         return ""
@@ -203,6 +214,9 @@ class SingleRuns(TrainingRun):
 
     def sample_task(self, seed: int, split: str = "meta_train") -> Any:
         return self._runs[0].sample_task(seed, split)
+
+    def descriptors(self, seed: int, split: str = "meta_train") -> Mapping[str, float]:
+        return self._runs[0].descriptors(seed, split)
 
     def fingerprint(self) -> str:
         return self._runs[0].fingerprint()

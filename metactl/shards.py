@@ -15,7 +15,7 @@ import numpy as np
 
 from metactl.config import ConfigError
 from metactl.env import TrainingRunVectorEnv
-from metactl.knobs import KnobSet
+from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, PlannedRun, PlayedRun, play
 from metactl.worker import Build, ProcessWorker, Worker
@@ -79,6 +79,12 @@ class Shard:
             "n_control_steps": loop.config.n_control_steps,
             "horizon": loop.run.horizon,
         }
+
+    def descriptors(self, task_seeds: Sequence[int]) -> FloatArray:
+        """What is known of tasks before they are trained, `[n_tasks, n_descriptors]`."""
+        loop = self.env.loop
+        told = [loop.run.descriptors(seed, loop.config.split) for seed in task_seeds]
+        return np.array([list(each.values()) for each in told]).reshape(len(told), -1)
 
     def set_reward_scale(self, scale: float) -> None:
         self.env.loop.reward = ImprovementReward(scale=scale)

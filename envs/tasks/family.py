@@ -26,6 +26,7 @@ class Task:
         probe: Starts of the `PROBE_SEQUENCES` probe sequences.
         test: Starts of the `TEST_SEQUENCES` test sequences. Training data, probe and test share
             no token.
+        seed: That it is the task of; what else belongs to a task is drawn by it.
         label: Class of the task, in families that have them.
     """
 
@@ -34,6 +35,7 @@ class Task:
     train_tokens: int
     probe: NDArray[np.int64]
     test: NDArray[np.int64]
+    seed: int
     label: int = 0
 
 

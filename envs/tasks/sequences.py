@@ -93,6 +93,7 @@ class SequenceFamily(TaskFamily):
             n * self.stride,
             probe=np.resize(held_out[:half], PROBE_SEQUENCES) * self.stride,
             test=np.resize(held_out[half:], TEST_SEQUENCES) * self.stride,
+            seed=seed,
             label=label,
         )
 

@@ -91,6 +91,7 @@ class TextFamily(TaskFamily):
             train_tokens,
             probe=_spread(windows[0::2], PROBE_SEQUENCES),
             test=_spread(windows[1::2], TEST_SEQUENCES),
+            seed=seed,
         )
 
 

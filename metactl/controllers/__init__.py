@@ -7,13 +7,12 @@ from metactl.controllers.random import RandomMoves
 from metactl.controllers.replay import Replay
 from metactl.controllers.responsive import Responsive
 from metactl.controllers.rules import GapDriven, Plateau, Together
-from metactl.controllers.schedule import ContextualSchedule, Schedule
+from metactl.controllers.schedule import Schedule
 from metactl.controllers.static import Static
 from metactl.controllers.swapped import WithSignalsOf
 
 __all__ = [
     "BaseController",
-    "ContextualSchedule",
     "GapDriven",
     "Guard",
     "Learned",

@@ -44,35 +44,3 @@ class Schedule(BaseController):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         return self.towards(self.wanted(observation), observation, self.share)
-
-
-class ContextualSchedule(BaseController):
-    """A schedule that is told how much data the task has: it reads no other signal.
-
-    As nothing is measured before the first control step, it is told from the second on.
-
-    Args:
-        schedule: Positions where the context is 0.
-        slopes: `[len(progress), n_knobs]`: what a context of 1 adds to them.
-        context: The entry of the observation that tells the tasks apart.
-    """
-
-    def __init__(
-        self, schedule: Schedule, slopes: FloatArray, context: str = "signal/data_pressure"
-    ) -> None:
-        self.schedule, self.context = schedule, context
-        self.slopes = Schedule(schedule.progress, slopes, round(1 / schedule.share))
-
-    def keep_pace(self, n_control_steps: int) -> None:
-        self.schedule.keep_pace(n_control_steps)
-        self.slopes.keep_pace(n_control_steps)
-
-    def begin(self, codec: Codec, n_runs: int) -> None:
-        super().begin(codec, n_runs)
-        self.schedule.begin(codec, n_runs)
-        self.slopes.begin(codec, n_runs)
-
-    def act(self, observation: np.ndarray) -> np.ndarray:
-        told = self.codec.read(observation, self.context)[:, None]
-        wanted = self.schedule.wanted(observation) + told * self.slopes.wanted(observation)
-        return self.towards(np.clip(wanted, 0, 1), observation, self.schedule.share)

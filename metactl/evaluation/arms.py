@@ -45,7 +45,8 @@ class Arm:
         name: For the table.
         positions: Where the knobs begin, `[n_knobs]` in [0, 1].
         controllers: Who moves them: one for all tasks, or one for each.
-        other_seed: Live through the same tasks with other weights, batches and noise.
+        other_seed: Live through the same tasks with other weights, batches and noise (but with what
+            else belongs to a task, such as its peak learning rate).
         available: Which knobs can be moved, `[n_knobs]` of 0 and 1; all by default.
     """
 
@@ -69,6 +70,13 @@ def paired_episodes(n_tasks: int, seed: int, positions: FloatArray) -> list[Epis
         )
         for i, run_seed in enumerate(run_seeds)
     ]
+
+
+def known_of_tasks(shards: ShardRow, n_tasks: int, seed: int) -> FloatArray:
+    """What is known beforehand of the tasks that `play_arms` plays: `[n_tasks, n_descriptors]`."""
+    seeds = [episode.task_seed for episode in paired_episodes(n_tasks, seed, np.zeros(0))]
+    known: FloatArray = shards.call_all("descriptors", seeds)[0]
+    return known
 
 
 def play_arms(

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from metactl.evaluation.arms import Results
-from metactl.evaluation.summary import drive_of, finite_mean, summarise
+from metactl.evaluation.summary import drive_of, finite_mean, plain, summarise
 from metactl.homeostasis import SetPoints, settling_steps
 from metactl.knobs import FloatArray
 from metactl.rollout import PlayedRun
+from metactl.statistics import paired_difference
 
 
 def disturbed_summary(
@@ -24,26 +25,39 @@ def disturbed_summary(
         names: Of the observations' entries.
     """
     summary = summarise(disturbed, set_points=set_points, names=names)
+    excess = {
+        arm: np.array([_excess(*pair) for pair in zip(runs, undisturbed[arm], strict=True)])
+        for arm, runs in disturbed.items()
+    }
     for arm, runs in disturbed.items():
         figures = summary["arms"][arm]
-        del figures["best_checkpoint_test"]  # it may be of the task that a run has left
+        for name in ("best_checkpoint_test", "best_checkpoint_test_per_task"):
+            del figures[name]  # it may be of the task that a run has left
+        figures["excess_loss_area"] = float(excess[arm].mean())
         if arm in summary["policy_minus"]:
-            del summary["policy_minus"][arm]["best_checkpoint_test"]
-        twins = undisturbed[arm]
-        figures["excess_loss_area"] = float(
-            np.mean([_excess(run, twin) for run, twin in zip(runs, twins, strict=True)])
-        )
+            minus = summary["policy_minus"][arm]
+            del minus["best_checkpoint_test"]
+            minus["excess_loss_area"] = plain(paired_difference(excess["policy"], excess[arm]))
         if set_points is None:
             continue
-        drive = drive_of(runs, set_points, names)
-        befallen = [(d, _onset(run)) for d, run in zip(drive, runs, strict=True)]
-        after = [(d, onset) for d, onset in befallen if onset is not None]
-        if after:
-            n_control_steps = drive.shape[1]
-            settling = [settling_steps(d, onset) / n_control_steps for d, onset in after]
-            figures["settling_time"] = float(np.mean(settling))
-            figures["peak_drive"] = finite_mean(np.array([d[onset:].max() for d, onset in after]))
+        onsets = [_onset(run) for run in runs]
+        drive, twins = (
+            [(d, onset) for d, onset in zip(each, onsets, strict=True) if onset is not None]
+            for each in (
+                drive_of(runs, set_points, names),
+                drive_of(undisturbed[arm], set_points, names),
+            )
+        )
+        if drive:
+            figures["settling_time"] = _settling(drive)
+            figures["settling_time_undisturbed"] = _settling(twins)  # from the same steps on
+            figures["peak_drive"] = finite_mean(np.array([d[onset:].max() for d, onset in drive]))
     return summary
+
+
+def _settling(befallen: Sequence[tuple[FloatArray, int]]) -> float:
+    """Mean time from each onset until a run has settled, as a share of the run."""
+    return float(np.mean([settling_steps(drive, onset) / len(drive) for drive, onset in befallen]))
 
 
 def _onset(run: PlayedRun) -> int | None:
@@ -52,7 +66,9 @@ def _onset(run: PlayedRun) -> int | None:
 
 
 def _excess(run: PlayedRun, twin: PlayedRun) -> float:
-    """Area between the probe losses of a run and its twin since the onset, in nats x progress."""
+    """Area between the probe losses of a run and its twin since the onset, in nats times share of
+    the whole run.
+    """
     onset = _onset(run)
     if onset is None:
         return 0.0

@@ -1,12 +1,12 @@
 """What could be had without feedback: search by CMA-ES (arXiv 1604.00772), at a budget of runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from metactl.controllers import BaseController, ContextualSchedule, Learned, Schedule
-from metactl.evaluation.arms import Arm, play_arms
+from metactl.controllers import BaseController, Learned, Schedule
+from metactl.evaluation.arms import Arm, known_of_tasks, play_arms
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray
 from metactl.policy import Policy
@@ -14,6 +14,7 @@ from metactl.shards import ShardRow
 
 KNOTS = np.array([0.25, 0.5, 0.75, 1.0])  # of a schedule, in progress
 _SPREAD = 0.25  # of the first candidates, in ranges of a knob
+_N_KNOWN = 256  # tasks whose descriptors say what is usual
 _GAIN = 0.03  # of the first linear policies: largest moves per deviation of an observation
 
 
@@ -39,20 +40,19 @@ class Search:
 
     def best(
         self,
-        name: str,
-        make: Callable[[FloatArray], BaseController],
+        make: Callable[[FloatArray, int], Sequence[BaseController]],
         start: FloatArray,
         *,
         spread: float,
         bounds: tuple[float, float],
-    ) -> Arm:
-        """The controller that ends with the lowest probe loss, on average over tasks.
+    ) -> FloatArray:
+        """The vector whose controllers end with the lowest probe loss, on average over tasks.
 
         All candidates of a generation live through the same tasks; each generation has new ones.
 
         Args:
-            name: Of the arm.
-            make: The controller that a vector means.
+            make: The controllers that a vector means on the `n_tasks` tasks of a seed: one for all,
+                or one for each.
             start: Mean of the first generation.
             spread: Deviation of the first generation.
             bounds: Of every entry.
@@ -67,17 +67,17 @@ class Search:
         done, generation = 0, 0
         while done < self.n_runs:
             candidates = [optimizer.ask() for _ in range(optimizer.population_size)]
-            arms = [self._arm(str(i), make(candidate)) for i, candidate in enumerate(candidates)]
             seed = self.seed + generation
+            arms = [
+                Arm(name=str(i), positions=self.positions, controllers=make(candidate, seed))
+                for i, candidate in enumerate(candidates)
+            ]
             played = play_arms(self.shards, arms, self.n_tasks, seed, self.on_done)
             losses = [float(column(played[arm.name], "final_probe").mean()) for arm in arms]
             optimizer.tell(list(zip(candidates, losses, strict=True)))
             done += self.n_tasks * len(candidates)
             generation += 1
-        return self._arm(name, make(np.asarray(optimizer.mean).clip(*bounds)))
-
-    def _arm(self, name: str, controller: BaseController) -> Arm:
-        return Arm(name=name, positions=self.positions, controllers=(controller,))
+        return np.asarray(optimizer.mean).clip(*bounds)
 
 
 def best_schedule(search: Search) -> Arm:
@@ -90,31 +90,41 @@ def best_schedule(search: Search) -> Arm:
         return Schedule(np.concatenate(([0.0], KNOTS)), knots, n_control_steps)
 
     start = np.tile(positions, len(KNOTS)).clip(0.1, 0.9)
-    return search.best("best schedule", make, start, spread=_SPREAD, bounds=(0.0, 1.0))
+    found = search.best(lambda v, _: (make(v),), start, spread=_SPREAD, bounds=(0.0, 1.0))
+    return Arm(name="best schedule", positions=positions, controllers=(make(found),))
 
 
-def best_contextual_schedule(search: Search, found: Arm) -> Arm:
-    """The best schedule that is told the task's data pressure, linear in it.
+def best_told_schedule(search: Search, found: Arm, known: FloatArray) -> Arm:
+    """The best schedule that is told each task's descriptors, linear in them.
 
     Args:
         search: Its budget comes on top of what `found` has cost.
         found: The best schedule that is not told; the search begins there.
+        known: Descriptors of the tasks that it is for, `[n_tasks, n_descriptors]`.
     """
     (untold,) = found.controllers
     assert isinstance(untold, Schedule)
     n_control_steps = round(1 / untold.share)
-    rest = np.zeros((1, len(search.positions)))  # nothing is known before the first step
+    usual = known_of_tasks(search.shards, _N_KNOWN, search.seed)
+    middle, spread = usual.mean(axis=0), np.maximum(usual.std(axis=0), 1e-9)
 
-    def make(vector: FloatArray) -> ContextualSchedule:
-        base, slopes = vector.reshape(2, len(KNOTS), -1)
-        knots = np.concatenate((untold.positions[:1], base))
-        schedule = Schedule(untold.progress, knots, n_control_steps)
-        return ContextualSchedule(schedule, np.concatenate((rest, slopes)))
+    def make(vector: FloatArray, tasks: FloatArray) -> list[Schedule]:
+        knots = vector.reshape(1 + known.shape[1], len(KNOTS), -1)
+        told = knots[0] + np.tensordot((tasks - middle) / spread, knots[1:], 1)
+        begin = untold.positions[:1]
+        return [
+            Schedule(untold.progress, np.concatenate((begin, own)), n_control_steps)
+            for own in told.clip(0, 1)
+        ]
+
+    def of_seed(vector: FloatArray, seed: int) -> list[Schedule]:
+        return make(vector, known_of_tasks(search.shards, search.n_tasks, seed))
 
     base = untold.positions[1:].ravel()
-    start = np.concatenate((base, np.zeros_like(base)))
-    name = "schedule told the data size"
-    return search.best(name, make, start, spread=_SPREAD / 2, bounds=(-1.0, 1.0))
+    start = np.concatenate((base, np.zeros(known.shape[1] * len(base))))
+    best = search.best(of_seed, start, spread=_SPREAD / 2, bounds=(-1.0, 1.0))
+    schedules = make(best, known)
+    return Arm(name="schedule told the task", positions=search.positions, controllers=schedules)
 
 
 def best_linear_policy(search: Search, policy: Policy) -> Policy:
@@ -131,13 +141,11 @@ def best_linear_policy(search: Search, policy: Policy) -> Policy:
     n_out, n_in = len(card.knobs), len(card.observations)
     normaliser = {name: policy.weights[name] for name in ("mean", "std")}
 
-    def make(vector: FloatArray) -> Learned:
+    def make(vector: FloatArray) -> Policy:
         layer = vector.reshape(n_out, n_in + 1)
         weights = {"weight_0": layer[:, :-1], "bias_0": layer[:, -1]}
-        return Learned(Policy(card, normaliser | weights))
+        return Policy(card, normaliser | weights)
 
     start = np.zeros(n_out * (n_in + 1))
-    found = search.best("linear", make, start, spread=_GAIN, bounds=(-1.0, 1.0))
-    (learned,) = found.controllers
-    assert isinstance(learned, Learned)
-    return learned.policy
+    found = search.best(lambda v, _: (Learned(make(v)),), start, spread=_GAIN, bounds=(-1.0, 1.0))
+    return make(found)

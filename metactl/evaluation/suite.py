@@ -17,6 +17,7 @@ from metactl.evaluation.arms import (
     from_arm,
     further_rule_arms,
     knob_arms,
+    known_of_tasks,
     more_rule_arms,
     other_seed_arm,
     play_arms,
@@ -30,16 +31,16 @@ from metactl.evaluation.arms import (
     yoked_arm,
 )
 from metactl.evaluation.bandit import promising
-from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import Explore, check_populations, perturbed, play_pbt
 from metactl.evaluation.place import Counter, Where
 from metactl.evaluation.search import (
     Search,
-    best_contextual_schedule,
     best_linear_policy,
     best_schedule,
+    best_told_schedule,
 )
+from metactl.evaluation.selection import chosen_beforehand, chosen_here
 from metactl.evaluation.summary import (
     break_even,
     by_epochs,
@@ -50,7 +51,6 @@ from metactl.evaluation.summary import (
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import Progress
-from metactl.rollout import PlayedRun
 from metactl.shards import ShardRow
 from metactl.worker import ShardError
 
@@ -70,14 +70,14 @@ class EvaluationPlan:
         controls: Random moves, yoked runs, signals of another run: what tells feedback apart.
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
-        beforehand: Also choose static settings on as many tasks of meta-training, told how much
-            data a task has and not; begin all that moves knobs at the best of them, too, and the
+        beforehand: Also choose static settings on as many tasks of meta-training, told what is
+            known of a task and not; begin all that moves knobs at the best of them, too, and the
             policy at the worst.
         population: Members of population-based training on each task, by PBT and again by PB2; 0
             leaves them out.
         disturbed: Play the main arms again, with something befalling every run.
         schedule_runs: Budget, in runs, of the search for the best open-loop schedule on tasks of
-            meta-training, and again for one that is told the data size; 0 leaves them out.
+            meta-training, and again for one that is told the task; 0 leaves them out.
         linear_runs: The same for the best linear policy, on what the policy sees.
     """
 
@@ -148,8 +148,12 @@ def evaluate(
         chosen = [chosen_arm(knobs, setting) for setting in plan.settings]
         single = knob_arms(policy, knobs, default) if plan.each_knob else []
         movers = _Movers(policy=policy, plan=plan, shards=shards, about=about)
-        count = Counter(_n_runs(plan, movers, len(grid) + len(chosen), len(single)), progress)
-        found, linear = _searched(policy, where, plan, default, count)
+        known = known_of_tasks(shards, n, plan.seed)
+        n_settings, is_known = len(grid) + len(chosen), bool(known.shape[1])
+        searches = plan.schedule_runs * (1 + is_known) + plan.linear_runs
+        total = _n_runs(plan, movers, n_settings, len(single), told=is_known) + searches
+        count = Counter(total, progress)
+        found, linear = _searched(policy, where, plan, default, known, count)
         results = play_arms(shards, [*grid, *chosen, *single], n, plan.seed, count)
         begun, blind = movers.play(default, found, count)
         results |= begun
@@ -159,7 +163,7 @@ def evaluate(
             results |= play_arms(shards, swapped, n, plan.seed, count)
         there: Results = {}
         if plan.beforehand:
-            results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, names, count)
+            results |= _tuned_beforehand(where, plan, [*grid, *chosen], results, known, count)
             tuned = results["best static of training tasks"]
             there, _ = movers.play(tuned[0].positions[0], found, count)
             there["best static of training tasks"] = tuned
@@ -169,7 +173,7 @@ def evaluate(
             bad = from_arm(policy, "policy from the worst static", worst)
             results |= play_arms(shards, [bad], n, plan.seed, count)
     grid_names, chosen_names = ([arm.name for arm in group] for group in (grid, chosen))
-    results = _select_static(results, grid_names, chosen_names)
+    results = chosen_here(results, grid_names, chosen_names, names)
     summary = {**_summary(policy, about, results), "n_tasks": n, "seed": plan.seed}
     summary["grid_points"] = len(grid) + len(chosen)
     if there:
@@ -236,17 +240,19 @@ class _Movers:
         return results, blind
 
 
-def _n_runs(plan: EvaluationPlan, movers: _Movers, n_settings: int, n_single: int) -> int:
-    """How many runs an evaluation plays, searches included."""
+def _n_runs(
+    plan: EvaluationPlan, movers: _Movers, n_settings: int, n_single: int, *, told: bool
+) -> int:
+    """How many runs an evaluation plays, but for its searches."""
     n_seeing = len(movers.arms(np.zeros(len(movers.about["knobs"]))))
     n_blind = 1 + plan.controls
-    n_found = 2 * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
+    n_found = (1 + told) * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
     n_movers = n_seeing + n_blind + n_found + 2 * plan.controls + 2 * plan.population
     n_swaps = (1 + len(SWAPPED_GROUPS) * plan.each_group) if plan.controls else 0
     n_arms = n_settings + n_single + n_movers + n_swaps
     n_arms += plan.beforehand * (n_settings + n_movers + 1)
     n_arms += plan.disturbed * (n_seeing + n_blind + n_found + 1)
-    return plan.n_tasks * n_arms + 2 * plan.schedule_runs + plan.linear_runs
+    return plan.n_tasks * n_arms
 
 
 def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:
@@ -278,17 +284,24 @@ def _tuned_beforehand(
     plan: EvaluationPlan,
     settings: Sequence[Arm],
     results: Results,
-    names: Sequence[str],
+    known: FloatArray,
     count: Counter,
 ) -> Results:
     """The static settings that are best on as many tasks of meta-training."""
+    tasks = (plan.n_tasks, plan.seed + _TUNING)
     with closing(where.open(split="meta_train")) as training:
-        played = play_arms(training, settings, plan.n_tasks, plan.seed + _TUNING, count)
-    return TunedBeforehand(played, names).chosen(results)
+        played = play_arms(training, settings, *tasks, count)
+        known_there = known_of_tasks(training, *tasks)
+    return chosen_beforehand(played, known_there, results, known)
 
 
 def _searched(
-    policy: Policy, where: Where, plan: EvaluationPlan, start: FloatArray, count: Counter
+    policy: Policy,
+    where: Where,
+    plan: EvaluationPlan,
+    start: FloatArray,
+    known: FloatArray,
+    count: Counter,
 ) -> tuple[list[Arm], Policy | None]:
     """What searches on the tasks of meta-training come to, and the linear policy among it."""
     found: list[Arm] = []
@@ -304,7 +317,8 @@ def _searched(
 
         if plan.schedule_runs:
             found.append(best_schedule(search(plan.schedule_runs)))
-            found.append(best_contextual_schedule(search(plan.schedule_runs), found[0]))
+            if known.shape[1]:
+                found.append(best_told_schedule(search(plan.schedule_runs), found[0], known))
         if plan.linear_runs:
             linear = best_linear_policy(search(plan.linear_runs), policy)
             found.append(from_arm(linear, "linear policy", start))
@@ -325,27 +339,3 @@ def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
                 f"Runs of {where.env_id} cannot be disturbed: they have no option 'disturb'; "
                 f"use the quick suite"
             ) from error
-
-
-def _select_static(
-    results: Results, grid_names: Sequence[str], chosen_names: Sequence[str]
-) -> Results:
-    """Replaces the grid by the default, the best on average and the best for each task.
-
-    With chosen settings the best of the grid alone is an arm too.
-    """
-    grid = [results[name] for name in (*grid_names, *chosen_names)]
-    means = [column(arm, "final_probe").mean() for arm in grid]
-    selected = {"default": grid[0], "best static": grid[int(np.argmin(means))]}
-    if chosen_names:
-        selected["best static of the grid"] = grid[int(np.argmin(means[: len(grid_names)]))]
-    tasks = zip(*grid, strict=True)
-    return {
-        **selected,
-        "per-task best static": [_best(runs) for runs in tasks],
-        **{name: arm for name, arm in results.items() if name not in grid_names},
-    }
-
-
-def _best(runs: Sequence[PlayedRun]) -> PlayedRun:
-    return min(runs, key=lambda run: run.final_probe)

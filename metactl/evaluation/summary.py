@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metactl.evaluation.arms import Results
 from metactl.homeostasis import SetPoints, control_effort, homeostasis_index
@@ -21,7 +22,7 @@ from metactl.statistics import (
     worst_decile,
 )
 
-_PER_TASK = "final_test_per_task"
+_PER_TASK = ("final_test_per_task", "best_checkpoint_test_per_task")
 _LEAST = 1e-12  # nats: a loss may be 0
 _EPOCHS = (0.0, 1.0, 10.0, np.inf)  # of the unique data by the end of a run: bounds of the groups
 
@@ -52,6 +53,7 @@ def summarise(
         policy, static, oracle = (
             column(results[arm], "final_test") for arm in ("policy", "best static", oracle_name)
         )
+        summary["gap"] = plain(paired_difference(static, oracle))
         summary["gap_closed"] = plain(gap_closed(policy, static, oracle))
     return summary
 
@@ -72,7 +74,10 @@ def _figures(
         "diverged": int(column(runs, "diverged").sum()),
         "control_effort": float(control_effort(np.stack([run.positions for run in runs])).mean()),
         "final_knobs": final_knobs(runs),
-        _PER_TASK: column(runs, "final_test").tolist(),
+        **{
+            key: column(runs, name).tolist()
+            for key, name in zip(_PER_TASK, ("final_test", "best_test"), strict=True)
+        },
     }
     inside = [name for name in INTERNAL_NAMES if f"signal/{name}" in names]
     if inside:
@@ -147,14 +152,8 @@ def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
         data they have are in none.
     """
     runs = results["policy"]
-    entries = [list(names).index(name) for name in ("has/unique_tokens", "signal/epochs")]
-    seen = np.array([run.observations[:, entries].max(axis=0) for run in runs], dtype=np.float64)
-    known, epochs = seen[:, 0] > 0, 10 ** seen[:, 1] - 1
     groups = []
-    for low, high in pairwise(_EPOCHS):
-        inside = known & (epochs >= low) & (epochs < high)
-        if not inside.any():
-            continue
+    for (low, high), inside in epoch_groups(runs, names):
         ours = column(runs, "final_test")[inside]
         minus = {
             arm: plain(paired_difference(ours, column(others, "final_test")[inside]))
@@ -167,43 +166,60 @@ def by_epochs(results: Results, names: Sequence[str]) -> list[dict[str, Any]]:
     return groups
 
 
-def cost_to_reach(
-    policy: Sequence[PlayedRun], other: Sequence[PlayedRun]
-) -> dict[str, float | None]:
+def epoch_groups(
+    runs: Sequence[PlayedRun], names: Sequence[str]
+) -> list[tuple[tuple[float, float], NDArray[np.bool_]]]:
+    """Bounds in epochs, and who ends between them, `[n_runs]`; of groups that have any."""
+    entries = [list(names).index(name) for name in ("has/unique_tokens", "signal/epochs")]
+    seen = np.array([run.observations[:, entries].max(axis=0) for run in runs], dtype=np.float64)
+    known, epochs = seen[:, 0] > 0, 10 ** seen[:, 1] - 1
+    groups = [
+        (ends, known & (epochs >= ends[0]) & (epochs < ends[1])) for ends in pairwise(_EPOCHS)
+    ]
+    return [(ends, inside) for ends, inside in groups if inside.any()]
+
+
+def cost_to_reach(policy: Sequence[PlayedRun], other: Sequence[PlayedRun]) -> dict[str, Any]:
     """What the policy needs to reach the other arm's final probe loss.
 
     Returns:
         Medians over tasks: the share of its run's control steps, and its FLOPs as a share of all
-        that the other spent (`None` where nobody counts them). A run that never does counts as 2.
+        that the other spent (`None` where nobody counts them). And `saved_share_of_run`, a mean
+        with its interval: how much earlier than the other arm itself, which may be there before it
+        ends. A run that never gets there counts as 2 runs.
     """
-    steps, flops = [], []
+    steps, flops, saved = [], [], []
     for ours, theirs in zip(policy, other, strict=True):
         reached = np.flatnonzero(ours.probe_loss <= theirs.final_probe)
         first = int(reached[0]) if len(reached) else None
         steps.append(2.0 if first is None else first / len(ours.flops))
+        own = np.flatnonzero(theirs.probe_loss <= theirs.final_probe)[0] / len(theirs.flops)
+        saved.append(own - steps[-1])
         spent = 2.0 * theirs.flops[-1] if first is None else (0.0, *ours.flops)[first]
         flops.append(spent / theirs.flops[-1])
     counted = np.isfinite(flops).all()
     return {
         "share_of_run_to_its_final_loss": float(np.median(steps)),
         "share_of_flops_to_its_final_loss": float(np.median(flops)) if counted else None,
+        "saved_share_of_run": plain(paired_difference(np.array(saved), np.zeros(len(saved)))),
     }
 
 
 def break_even(summary: dict[str, Any], n_training_runs: int) -> dict[str, float | None]:
     """By arm, after how many runs a training has paid for itself, in optimizer steps.
 
-    A run under the policy may stop where it reaches the arm's final loss, so it saves the rest.
+    A run under the policy may stop where it reaches the arm's final loss, so it saves what the arm
+    itself takes beyond that.
 
     Args:
         summary: Of an evaluation.
         n_training_runs: What training the policy cost, in runs of the same size.
 
     Returns:
-        Runs; `None` where the median run saves nothing.
+        Runs; `None` where nothing is saved on average.
     """
     saved = {
-        arm: 1 - difference["share_of_run_to_its_final_loss"]
+        arm: difference["saved_share_of_run"]["estimate"]
         for arm, difference in summary["policy_minus"].items()
     }
     return {arm: n_training_runs / share if share > 0 else None for arm, share in saved.items()}
@@ -225,7 +241,7 @@ def plain(interval: Interval) -> dict[str, float | None]:
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
     """The figures of an evaluation that belong on a policy's card: no lists."""
     arms = {
-        arm: {name: value for name, value in figures.items() if name != _PER_TASK}
+        arm: {name: value for name, value in figures.items() if name not in _PER_TASK}
         for arm, figures in summary["arms"].items()
     }
     short = {**summary, "arms": arms}

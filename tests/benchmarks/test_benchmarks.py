@@ -1,6 +1,7 @@
 """Benchmarks that reach deep into the models, at their smallest: what they call is still there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,15 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import cost, disturbed, evaluations, population, single
-from benchmarks.places import FAMILIES, PLACES, named
+from benchmarks import confirm, cost, disturbed, evaluations, population, single
+from benchmarks.places import FAMILIES, PLACES, Place, named, where_of
 from benchmarks.provenance import write
 from benchmarks.rotation.jobs import train_arm
 from benchmarks.timing import in_turn, ratio
 from metactl.commands import Command, Evaluate
 from metactl.controllers import Static
 from metactl.knobs import Knob, KnobSet
+from metactl.policy import Policy
 from metactl.signals import Codec
 
 
@@ -104,3 +106,28 @@ def test_who_is_told_of_a_raised_rate_lowers_it_while_it_lasts_and_then_comes_ba
 def test_a_place_that_nobody_knows_is_named():
     with pytest.raises(ValueError, match=r"places must be of default, .*, digits, got nope"):
         named(["cpp", "nope"])
+
+
+def test_claims_are_played_again_and_parted_by_the_peak_learning_rate():
+    policy = Policy.load("default")
+    small = {"d_model": 16, "n_heads": 4, "n_layers": 1, "context": 8, "horizon": 40}
+    place = Place(n_tasks=6, options=small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(confirm, "where_of", lambda *args: eager(where_of(*args)))
+        found = confirm.confirm(policy, {"twin": policy}, place, seed=1)
+    low, middle, high = thirds = found["by_peak_learning_rate"]
+    assert [each["n_tasks"] for each in (found, *thirds)] == [6, 2, 2, 2]
+    minus = found["final_test_minus"]
+    assert set(minus) == {
+        f"policy - {arm}"
+        for arm in ("default", "static dropout=0, rope_base=8", "rival twin", "replay", "yoked")
+    }
+    assert minus["policy - rival twin"]["estimate"] == 0
+    assert minus["policy - yoked"]["estimate"] != 0
+    assert 0.002 <= low["from"] < low["to"] < middle["from"] < middle["to"] < high["from"]
+    parts = [third["final_test_minus"]["policy - default"]["estimate"] for third in thirds]
+    assert np.mean(parts) == pytest.approx(minus["policy - default"]["estimate"])
+
+
+def eager(where):
+    return replace(where, options={**where.options, "compile": False}, n_workers=0, n_envs=6)

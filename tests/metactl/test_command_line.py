@@ -149,7 +149,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
     arms |= {"responsive rule, no smoothing", "window warm-up (span)"}
-    arms |= {f"rival {twin}", "best static of training tasks", "the same by size of the data"}
+    arms |= {f"rival {twin}", "best static of training tasks", "the same, told the task"}
     arms |= {"policy from there", "policy from the worst static"}  # beforehand
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
@@ -187,17 +187,17 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     assert {"another run's probe loss", "another run's train loss"} <= set(arms)
     assert {"policy, dropout alone", "policy, without dropout"} <= set(arms)
     assert {"policy from there", "policy from the worst static"} <= set(arms)
-    assert {"best static of training tasks", "the same by size of the data"} <= set(arms)
-    assert {"best schedule", "schedule told the data size"} <= set(arms)
+    assert {"best static of training tasks", "the same, told the task"} <= set(arms)
+    assert {"best schedule", "schedule told the task"} <= set(arms)
     rules = {"responsive rule", "responsive rule, no smoothing", "gap rule (dropout)"}
     rules |= {"window warm-up (span)"}
     there = summary["begun_at_best_static"]["arms"]
     moving = rules | {"policy", "replay", "yoked", "random moves", "PBT, best of 8"}
-    moving |= {"PB2, best of 8", "best schedule", "schedule told the data size"}
+    moving |= {"PB2, best of 8", "best schedule", "schedule told the task"}
     assert set(there) == moving | {"best static of training tasks"}
     assert there["policy"]["final_test"] != arms["policy"]["final_test"]
     disturbed = summary["disturbed"]
-    blind = {"best static", "replay", "yoked", "best schedule", "schedule told the data size"}
+    blind = {"best static", "replay", "yoked", "best schedule", "schedule told the task"}
     assert set(disturbed["arms"]) == rules | blind | {"policy"}
     for figures in disturbed["arms"].values():
         assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0

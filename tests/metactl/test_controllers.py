@@ -8,7 +8,6 @@ from toy_plant import ToyPlant
 from metactl import Knob, KnobSet, Policy
 from metactl.controllers import (
     BaseController,
-    ContextualSchedule,
     GapDriven,
     Guard,
     Learned,
@@ -133,9 +132,6 @@ def test_random_moves_are_reproducible_and_differ_between_seeds():
         Responsive("a", patience=2),
         Plateau("a"),
         Together(Plateau("a"), GapDriven("b")),
-        ContextualSchedule(
-            Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]]), N), np.ones((2, 2))
-        ),
         Guard(Responsive("a", patience=2), n_control_steps=N),
         Learned(policy()),
         Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]]), N),
@@ -226,15 +222,6 @@ def test_rules_together_move_each_their_own_and_go_on_where_they_were():
     right.load_state_dict(left.state_dict())
     assert left.act(seen).tolist() == right.act(seen).tolist() == [[-1, 1]]
     assert left.moves == ("a", "b")
-
-
-def test_a_schedule_that_is_told_the_data_size_differs_by_it_alone():
-    schedule = Schedule(np.array([0.0, 1.0]), np.array([[0.25, 0.5], [0.25, 0.5]]), N)
-    told = ContextualSchedule(schedule, np.array([[0.0, 0.0], [0.2, 0.0]]))
-    told.begin(CODEC, 3)
-    middle = [observation(signal__data_pressure=x, signal__progress=-0.2) for x in (-1, 0, 1)]
-    moves = told.act(np.concatenate(middle)) * A.max_move / N  # progress 0.4, looking to 0.5
-    np.testing.assert_allclose(moves, [[-0.1, 0], [0, 0], [0.1, 0]], atol=1e-6)
 
 
 # The guard -------------------------------------------------------------------------------------

@@ -23,20 +23,21 @@ from metactl.evaluation import (
 from metactl.evaluation.arms import (
     Arm,
     knob_arms,
+    known_of_tasks,
     random_arm,
     replay_arm,
     static_grid,
     yoked_arm,
 )
-from metactl.evaluation.context import TunedBeforehand
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.headroom import per_task_best
 from metactl.evaluation.search import (
     Search,
-    best_contextual_schedule,
     best_linear_policy,
     best_schedule,
+    best_told_schedule,
 )
+from metactl.evaluation.selection import chosen_beforehand, chosen_here
 from metactl.evaluation.summary import (
     break_even,
     by_epochs,
@@ -49,7 +50,7 @@ from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs
 from metactl.rollout import PlannedRun, play
 from metactl.shards import ShardRow
-from metactl.statistics import interquartile_mean, worst_decile
+from metactl.statistics import interquartile_mean, paired_difference, worst_decile
 
 
 class Follow(BaseController):
@@ -146,48 +147,90 @@ def test_a_knob_that_an_arm_leaves_out_stays_where_it_was(shards):
         assert moved.tolist() == [i == moving for i in range(2)]
 
 
-def test_settings_are_tuned_beforehand_for_all_tasks_and_by_size_of_the_data(shards):
-    names = shards.describe()["observation_names"]
-    entry = names.index("signal/data_pressure")
-    one = result(shards)
+def settings_played(shards, losses, *, best=None, epochs=None):
+    """Runs of each setting with these probe losses at the end, and with these at their lowest."""
+    one, names = result(shards), shards.describe()["observation_names"]
+    found = {}
+    for setting, at_end in losses.items():
+        runs = []
+        for i, loss in enumerate(at_end):
+            lowest = loss if best is None else best[setting][i]
+            seen = one.observations.copy()
+            if epochs is not None:
+                seen[:, names.index("has/unique_tokens")] = 1
+                seen[:, names.index("signal/epochs")] = np.log10(1 + epochs[i])
+            changes = {"final_probe": loss, "best_probe": lowest, "best_test": 10 + lowest}
+            runs.append(
+                replace(one, arm=setting, observations=seen, final_test=5 + loss, **changes)
+            )
+        found[setting] = runs
+    return found
 
-    def run(setting, pressure, loss):
-        seen = one.observations.copy()
-        seen[1, entry] = pressure
-        return replace(one, arm=setting, observations=seen, final_probe=loss)
 
-    def played(pressures):  # "low" is best on large data, "high" on small, "middle" on average
-        losses = {"low": lambda x: 2 + x, "high": lambda x: 2 - x, "middle": lambda x: 1.9 + x / 9}
-        return {
-            setting: [run(setting, x, loss(x)) for x in pressures]
-            for setting, loss in losses.items()
-        }
+def test_settings_are_chosen_beforehand_for_all_tasks_and_by_what_is_known_of_each(shards):
+    def played(known):  # "low" is best on large data, "high" on small, "middle" on average
+        by = {"low": lambda x: 2 + x, "high": lambda x: 2 - x, "middle": lambda x: 1.9 + x / 9}
+        return settings_played(shards, {k: [loss(x) for x in known] for k, loss in by.items()})
 
-    tuned = TunedBeforehand(played(np.linspace(-1, 1, 32)), names)
-    chosen = tuned.chosen(played([0.9, -5.0, 0.01, -0.9]))
+    there, here = np.linspace(-1, 1, 32), np.array([0.9, -5.0, 0.01, -0.9])
+    chosen = chosen_beforehand(played(there), there[:, None], played(here), here[:, None])
     assert [r.arm for r in chosen["best static of training tasks"]] == ["middle"] * 4
-    assert [r.arm for r in chosen["the same by size of the data"]] == ["high", "low", "high", "low"]
-    alike = TunedBeforehand(played([0.0] * 32), names).chosen(played([0.0]))  # nothing is told
-    assert [r.arm for runs in alike.values() for r in runs] == ["middle", "middle"]
+    told = [run.arm for run in chosen["the same, told the task"]]
+    assert told == ["high", "low", "middle", "low"]
+    noise = np.random.default_rng(0).normal(0, 1e3, (36, 1))  # of another unit, and of no use
+    both = np.concatenate((np.concatenate((there, here))[:, None], noise), axis=1)
+    chosen = chosen_beforehand(played(there), both[:32], played([0.9, -0.9]), both[[31, 0]])
+    assert [run.arm for run in chosen["the same, told the task"]] == ["high", "low"]
+    nothing = chosen_beforehand(played(there), np.zeros((32, 0)), played(here), np.zeros((4, 0)))
+    assert list(nothing) == ["best static of training tasks"]
 
 
-def test_what_a_setting_is_tuned_by_is_known_of_real_runs():
-    shape = {"d_model": 8, "n_layers": 1, "context": 8, "horizon": 8, "knobs": ["dropout"]}
-    options = {**shape, "n_control_steps": 4, "unique_bytes": [1_500, 1_000_000]}
-    with ShardRow("envs:AdaptiveTransformer-v0", 8, options, 0) as row:
-        names = row.describe()["observation_names"]
-        positions = np.array([0.5])
-        played = play_arms(row, [static_arm("a", positions), static_arm("b", positions)], 16, 0)
-    pressure = [run.observations[1, names.index("signal/data_pressure")] for run in played["a"]]
-    assert np.ptp(pressure) > 1
-    small = np.array(pressure) > np.median(pressure)
-    losses = {"a": np.where(small, 1.0, 3.0), "b": np.where(small, 3.0, 1.5)}
-    played = {
-        arm: [replace(run, final_probe=x) for run, x in zip(runs, losses[arm], strict=True)]
-        for arm, runs in played.items()
+def test_a_setting_is_chosen_for_the_end_and_for_the_best_checkpoint(shards):
+    ends = {"a": [2.0, 2.0], "b": [3.0, 1.2], "c": [2.5, 2.5]}
+    lows = {"a": [2.0, 2.0], "b": [1.9, 1.1], "c": [1.0, 1.3]}
+    names = shards.describe()["observation_names"]
+    played = settings_played(shards, ends, best=lows)
+    found = chosen_here({**played, "policy": played["a"]}, ["a", "b", "c"], [], names)
+    assert set(found) == {"default", "best static", "per-task best static", "policy"}
+    figures = {
+        arm: [(round(r.final_test - 5, 3), round(r.best_test - 10, 3)) for r in runs]
+        for arm, runs in found.items()
     }
-    chosen = TunedBeforehand(played, names).chosen(played)["the same by size of the data"]
-    assert [run.arm for run in chosen] == ["a" if s else "b" for s in small]
+    assert figures["best static"] == [(2.0, 1.0), (2.0, 1.3)]  # a at the end, c before it
+    assert figures["per-task best static"] == [(2.0, 1.0), (1.2, 1.1)]
+    assert figures["default"] == [(2.0, 2.0), (2.0, 2.0)]
+
+
+def test_a_setting_is_chosen_for_runs_that_see_their_data_as_often(shards):
+    ends = {"a": [1.0, 1.2, 3.0, 3.0], "b": [2.0, 2.0, 2.0, 2.0]}
+    names = shards.describe()["observation_names"]
+    played = settings_played(shards, ends, epochs=[0.2, 0.9, 12, 30])
+    found = chosen_here({**played, "policy": played["a"]}, ["a"], ["b"], names)
+    assert [run.arm for run in found["best static by epochs"]] == ["a", "a", "b", "b"]
+    assert [run.arm for run in found["best static"]] == ["b"] * 4
+    assert [run.arm for run in found["best static of the grid"]] == ["a"] * 4
+    minus = [group["policy_minus"]["best static by epochs"] for group in by_epochs(found, names)]
+    assert [each["estimate"] for each in minus] == [0.0, 1.0]
+
+
+def test_what_is_known_of_a_task_is_known_of_its_runs():
+    shape = {"d_model": 8, "n_layers": 1, "context": 8, "horizon": 8, "knobs": ["dropout"]}
+    ranges = {"unique_bytes": [1_500, 1_000_000], "learning_rate": [0.002, 0.032]}
+    with ShardRow(
+        "envs:AdaptiveTransformer-v0", 8, {**shape, **ranges, "n_control_steps": 4}, 0
+    ) as row:
+        names = row.describe()["observation_names"]
+        arms = [static_arm("a", np.array([0.5]))]
+        arms.append(replace(arms[0], name="b", other_seed=True))
+        played, known = play_arms(row, arms, 8, 0), known_of_tasks(row, 8, 0)
+        peaks = row._local.env.loop.run._rows["peak"].numpy().copy()  # those of b ran last
+    assert known.shape == (8, 2)
+    np.testing.assert_allclose(10 ** known[:, 1], peaks)  # another run of a task has its rate
+    assert np.ptp(known[:, 1]) > 0.3
+    for runs in played.values():
+        pressure = [run.observations[1, names.index("signal/data_pressure")] for run in runs]
+        assert np.corrcoef(pressure, known[:, 0])[0, 1] < -0.99
+    assert played["a"][0].final_test != played["b"][0].final_test
 
 
 def test_signals_of_another_run_are_what_the_controller_acts_on(shards):
@@ -277,21 +320,37 @@ def test_what_it_costs_to_reach_the_others_final_loss(shards):
     curve = np.array([4.0, 3.5, 3.0, 2.5, 2.0, 1.5, 1.5, 1.5, 1.5])
     spent = np.array([1.0, 2, 3, 5, 7, 9, 11, 13])
     policy = [result(shards, probe_loss=curve, flops=spent)] * 3
-    ends = [result(shards, final_probe=end, flops=2 * spent) for end in (3.0, 1.5, 1.0)]
-    steps, flops = "share_of_run_to_its_final_loss", "share_of_flops_to_its_final_loss"
-    assert cost_to_reach(policy[:1], ends[:1]) == {steps: 2 / 8, flops: 2 / 26}
-    assert cost_to_reach(policy[:1], ends[2:]) == {steps: 2.0, flops: 2.0}
-    assert cost_to_reach(policy, ends) == {steps: 5 / 8, flops: 7 / 26}
+
+    def ending(loss, reached):  # there for the first time, and again at the end
+        course = np.full(N + 1, 9.5)
+        course[[reached, -1]] = loss
+        return result(shards, probe_loss=course, final_probe=loss, flops=2 * spent)
+
+    def cost(ours, theirs):
+        found = cost_to_reach(ours, theirs)
+        shares = (f"share_of_{what}_to_its_final_loss" for what in ("run", "flops"))
+        return *(found[share] for share in shares), found["saved_share_of_run"]["estimate"]
+
+    ends = [ending(3.0, 8), ending(1.5, 7), ending(1.0, 8)]
+    assert cost(policy[:1], ends[:1]) == (2 / 8, 2 / 26, 6 / 8)
+    assert cost(policy[:1], ends[2:]) == (2.0, 2.0, -1.0)
+    assert cost(policy, ends) == pytest.approx((5 / 8, 7 / 26, (6 / 8 + 2 / 8 - 1) / 3))
     uncounted = [replace(run, flops=np.full(N, np.nan)) for run in ends]
-    assert cost_to_reach(policy, uncounted) == {steps: 5 / 8, flops: None}
-    there = [result(shards, final_probe=9.0, flops=spent)]
-    assert cost_to_reach(policy[:1], there) == {steps: 0.0, flops: 0.0}
+    assert cost(policy, uncounted)[:2] == (5 / 8, None)
+    assert cost(policy[:1], [ending(9.0, 3)]) == (0.0, 0.0, 3 / 8)
 
 
 def test_a_training_is_paid_for_by_what_runs_save():
-    shares = {"slow": 0.6, "level": 1.0, "better": 2.0}
-    minus = {arm: {"share_of_run_to_its_final_loss": share} for arm, share in shares.items()}
+    saved = {"slow": 0.4, "level": 0.0, "better": -1.0}
+    minus = {arm: {"saved_share_of_run": {"estimate": share}} for arm, share in saved.items()}
     assert break_even({"policy_minus": minus}, 100) == {"slow": 250, "level": None, "better": None}
+
+
+@pytest.mark.parametrize(("n", "least"), [(4, 0.88), (8, 0.91), (32, 0.93)])
+def test_an_interval_holds_the_mean_about_as_often_as_it_says(n, least):
+    rng = np.random.default_rng(n)
+    found = [paired_difference(rng.normal(1.0, 1.0, n), np.zeros(n)) for _ in range(400)]
+    assert least < np.mean([each.low <= 1.0 <= each.high for each in found]) <= 0.98
 
 
 def test_regret_of_the_worst_tenth_and_the_middle_half():
@@ -363,6 +422,11 @@ def test_a_run_that_diverges_loses_its_balance_and_the_whole_of_its_progress(sha
     assert figures["excess_loss_area"] == pytest.approx(expected)
     assert figures["homeostasis_index"] == 5 / 8 and figures["settling_time"] == 3 / 8
     assert figures["peak_drive"] is None and figures["mean_drive"] == 0
+    assert figures["settling_time_undisturbed"] == 0.0
+    other = {"policy": [gone, gone], "calm": [replace(calm, disturbed=gone.disturbed)] * 2}
+    minus = disturbed_summary(other, {arm: [calm, calm] for arm in other}, points, names)
+    lost = minus["policy_minus"]["calm"]["excess_loss_area"]
+    assert [lost[end] for end in ("estimate", "low", "high")] == pytest.approx([expected] * 3)
 
 
 def test_paired_episodes_are_the_same_for_all_and_differ_from_task_to_task():
@@ -425,12 +489,42 @@ def test_the_searched_linear_policy_follows_a_drifting_optimum_by_what_it_sees(s
     assert losses.pop("linear policy") < min(losses.values())
 
 
-def test_a_schedule_that_is_told_what_it_cannot_use_is_a_schedule(shards):
-    told = best_contextual_schedule(searching(shards, 200), best_schedule(searching(shards, 400)))
-    static = [static_arm(f"{x:.1f}", np.array([x, 0.5])) for x in np.arange(0, 1.01, 0.1)]
-    played = play_arms(shards, [told, *static], 4, 9)
-    losses = {arm: np.mean([run.final_test for run in runs]) for arm, runs in played.items()}
-    assert losses.pop(told.name) < min(losses.values())
+class Known(ToyPlant):
+    """A plant of which it is known where the optimum lies; it drifts no more."""
+
+    def descriptors(self, seed, split="meta_train"):
+        return {"best": 100 * self.best_of(seed), "constant": 1.0}
+
+    def best_of(self, seed):
+        return 0.2 if seed % 2 else 0.8
+
+    def sample_task(self, seed, split="meta_train"):
+        return seed
+
+    def reset(self, rows, tasks, seeds):
+        super().reset(rows, [3.0] * len(tasks), seeds)
+        self.best = getattr(self, "best", np.zeros(self.n_runs))
+        self.best[list(rows)] = [self.best_of(task) for task in tasks]
+
+    def _optimizer_step(self):
+        self.state["distance"] *= 1 - 0.1 * np.exp(-20 * (self.state["rate"] - self.best) ** 2)
+        self.state["step"] += 1
+        return 1 + self.state["distance"]
+
+
+def test_a_schedule_that_is_told_the_task_does_what_the_task_needs(monkeypatch):
+    with ShardRow(TOY, 4, {"n_control_steps": N}, 0) as row:
+        row._local.env.loop.run = Known(4)
+        first = best_schedule(searching(row, 200))
+        known = known_of_tasks(row, 6, 9)
+        assert sorted(set(known[:, 0])) == [20, 80]
+        told = best_told_schedule(searching(row, 500), first, known)
+        played = play_arms(row, [first, told], 6, 9)
+    ends = np.array([run.positions[-1, 0] for run in played[told.name]])
+    assert (ends[known[:, 0] == 80] > ends[known[:, 0] == 20].max() + 0.2).all()
+    losses = [np.mean([run.final_test for run in played[arm.name]]) for arm in (told, first)]
+    assert losses[0] < losses[1] - 0.02
+    assert len({run.positions.tobytes() for run in played[first.name]}) == 1
 
 
 def test_a_search_spends_its_budget_and_is_repeatable(shards):

@@ -135,7 +135,8 @@ def test_most_healthy_steps_are_in_balance_and_a_shifted_run_is_not():
         ([0, 0, 5, 0, 5, 0, 0, 0], 2, 3),  # a short lull does not count
         ([0, 0, 5, 5, 5, 5, 5, 5], 2, 6),
         ([9, 9, 0, 0, 0, 0, 0, 0], 2, 0),
-        ([0, 0, 0, 0, 0, 0, 5, 1], 6, 1),  # balance at the end lasts as far as can be seen
+        ([0, 0, 0, 0, 0, 0, 5, 1], 6, 2),  # too short to be held
+        ([0, 0, 0, 0, 0, 5, 5, 0, 0, 0], 2, 5),  # balance that was left later does not count
     ],
 )
 def test_settling_takes_until_balance_is_held(drive, onset, wanted):
