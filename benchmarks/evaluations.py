@@ -40,6 +40,8 @@ class Options:
     """Folder of a policy, or the name of one that ships."""
     rival: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Another policy, in the first place."""
+    seed: int = 1
+    """Of the tasks. Those of 0 have been looked at while policies were made."""
     run_dir: Path = Path("runs/evaluations")
     """Where what was played is kept."""
     figures: Path = Path("docs")
@@ -53,6 +55,7 @@ def command(options: Options, name: str, place: Place, knobs: Sequence[str]) -> 
     chosen = {**place.options, "knobs": f"[{','.join((*knobs, _UNMOVED))}]", "compile": "true"}
     arguments = ["evaluate", "--policy", options.policy, "--n-tasks", str(place.n_tasks)]
     arguments += ["--grid", str(place.grid), "--optimizer-steps", str(chosen.pop("horizon"))]
+    arguments += ["--seed", str(options.seed)]
     for setting in _STATICS:
         arguments += ["--static", setting]
     for option, value in chosen.items():

@@ -9,7 +9,8 @@ A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired`
 `disturbed`; or, of several evaluations, a row each (and `all` for NAME), `overview: NAME; NAME` or
 `beside: NAME; NAME` (a policy and the one called `default`); or, with `headroom` for NAME,
 `families` or `knobs` (from docs/headroom.json), and with `rival`, `places` (from docs/rival.json),
-and with `disturbed`, `kinds` (from docs/disturbed.json).
+and with `disturbed`, `kinds` (from docs/disturbed.json), and with `confirm`, `again: final_test`,
+`again: best_test` or `rates` (from docs/confirm.json).
 """
 
 import json
@@ -72,7 +73,14 @@ _PLACES = {
     "families_waves": "`waves`",
     "families_digits": "`digits`",
 }
-_OWN_FILES = ("headroom", "rival", "disturbed")
+_OWN_FILES = ("headroom", "rival", "disturbed", "confirm")
+_AGAIN = {  # arms of docs/confirm.json
+    "default": "minus default",
+    "static dropout=0, rope_base=8": "minus dropout 0, base 8",
+    "rival runs/progress/policy": "minus progress alone",
+    "replay": "minus replay",
+    "yoked": "minus yoked, at the same peak rate",
+}
 _ROOM = (
     "best static minus default",
     "per-task best minus best static",
@@ -129,7 +137,7 @@ def _read(name: str) -> dict[str, Any]:
 
 def _overview(names: Sequence[str]) -> list[list[str]]:
     header = ["", "tasks", "minus default", "minus best static", "minus replay"]
-    header += ["minus its moves in another run", "gap closed", "worst tenth", "below one epoch"]
+    header += ["minus yoked", "gap closed", "worst tenth", "below one epoch"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name in names:
         summary = _read(name)
@@ -143,9 +151,16 @@ def _overview(names: Sequence[str]) -> list[list[str]]:
         row.append(f"{share} % [{low}, {high}]")
         row.append(f"{100 * minus['best static']['worst_decile_regret']:+.1f} %")
         first = [group for group in summary["by_epochs"] if group["from"] == 0]
-        row += [interval_text(each["policy_minus"]["best static"]) for each in first] or ["none"]
+        row += [interval_text(_nearest(each["policy_minus"])) for each in first] or ["none"]
         rows.append(row)
     return rows
+
+
+def _nearest(minus: dict[str, Any]) -> dict[str, Any]:
+    """The difference to whichever setting ends lowest in a group of tasks, among the arms."""
+    settings = [a for a in minus if a == "default" or a.startswith(("best static", "static "))]
+    nearest: dict[str, Any] = max((minus[arm] for arm in settings), key=lambda x: x["estimate"])
+    return nearest
 
 
 def _paired(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
@@ -280,8 +295,32 @@ def _kinds(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def _again(found: dict[str, Any], which: Sequence[str]) -> list[list[str]]:
+    """The policy beside other arms, by place, on tasks of another seed."""
+    rows = [["", "tasks", *_AGAIN.values()], ["---", *["---:"] * (1 + len(_AGAIN))]]
+    for name, place in found["places"].items():
+        minus = place[f"{which[0]}_minus"]
+        cells = [interval_text(minus[f"policy - {arm}"]) for arm in _AGAIN]
+        rows.append([_PLACES[name], str(place["n_tasks"]), *cells])
+    return rows
+
+
+def _rates(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
+    """The same of the first place, by the tasks' peak learning rates."""
+    rows = [["peak learning rate", "tasks", *_AGAIN.values()]]
+    rows.append(["---", *["---:"] * (1 + len(_AGAIN))])
+    for third in found["places"]["default"]["by_peak_learning_rate"]:
+        minus = third["final_test_minus"]
+        cells = [interval_text(minus[f"policy - {arm}"]) for arm in _AGAIN]
+        bounds = f"{third['from']:.4f} to {third['to']:.4f}"
+        rows.append([bounds, str(third["n_tasks"]), *cells])
+    return rows
+
+
 _OF_SEVERAL = {"overview": _overview, "beside": _beside}
 _KINDS = {
+    "again": _again,
+    "rates": _rates,
     "kinds": _kinds,
     "places": _places,
     "families": _families,
@@ -308,6 +347,8 @@ def _label(arm: str, summary: dict[str, Any]) -> str:
         return f"best of {summary['grid_points']} static settings, chosen on these tasks"
     if arm == "per-task best static":
         return f"per-task best of the {summary['grid_points']} (an oracle)"
+    if arm == "yoked" and "gap" not in summary:  # a file of code before 9df30f4
+        return f"{_LABELS[arm]}, at another peak rate"
     if arm not in _LABELS and arm.startswith("another run's "):
         return f"fed {arm}"
     return _LABELS.get(arm, _short(arm))

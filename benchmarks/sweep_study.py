@@ -79,7 +79,8 @@ def main(options: Options) -> None:
 def read_sweep(run_dir: Path) -> tuple[SweepConfig, list[dict[str, Any]]]:
     record = yaml.safe_load((run_dir / "config.yaml").read_text())
     results = json.loads((run_dir / "results.json").read_text())["results"]
-    return parse(SweepConfig, record["config"], str(run_dir)), results
+    config = {name: value for name, value in record["config"].items() if name != "resolved"}
+    return parse(SweepConfig, config, str(run_dir)), results
 
 
 def scores(results: Sequence[dict[str, Any]]) -> list[float]:

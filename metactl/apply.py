@@ -1,7 +1,7 @@
 """Applying a policy to new training runs, with paired twins to compare with."""
 
 import json
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def apply_policy(
         policy: Who moves the knobs, guarded.
         env_id: The environment.
         options: Its keyword arguments.
-        run_dir: Holds `tb/`, the models and their losses.
+        run_dir: Holds `tb/` (and in it `default/`, the twins), the models and their losses.
         n_runs: New training runs.
         seed: Determines data, weights, batches and noise.
         compare: Also train paired twins at default knobs.
@@ -78,11 +78,17 @@ def apply_policy(
     total = loop.config.n_control_steps
     begin = np.repeat(default[None], n_runs, axis=0)
     balance = Balance(policy.card.set_points, loop.codec, begin)
-    with closing(env), Board(run_dir / "tb") as board:
+    ours, twins = slice(n_runs), slice(n_runs, None)
+    with ExitStack() as stack:
+        stack.enter_context(closing(env))
+        board = stack.enter_context(Board(run_dir / "tb"))
+        other = stack.enter_context(Board(run_dir / "tb" / "default")) if compare else None
 
         def on_step(index: int, step: Step) -> None:
-            scalars = _scalars(step, n_runs) | balance.read(step.observation[:n_runs])
-            board.scalars(scalars, (index + 1) * loop.optimizer_steps)
+            n_steps = (index + 1) * loop.optimizer_steps
+            board.scalars(_scalars(step, ours) | balance.read(step.observation[ours]), n_steps)
+            if other is not None:
+                other.scalars(_scalars(step, twins), n_steps)
             if progress is not None:
                 progress(index + 1, total, _status(step, n_runs))
 
@@ -95,14 +101,14 @@ def apply_policy(
     return Application(results=by_arm, summary=summarise(by_arm), unsaved=unsaved, sample=sample)
 
 
-def _scalars(step: Step, n_runs: int) -> dict[str, float]:
-    """Means over the controlled runs."""
+def _scalars(step: Step, rows: slice) -> dict[str, float]:
+    """Means over some of the runs."""
     arrays = step.measurement.arrays()
     measured = {tag: arrays[field] for field, tag in TAGS.items()}
     inside = {f"internal/{name}": value for name, value in step.measurement.internal.items()}
     knobs = {f"knob/{name}": value for name, value in step.values.items()}
     return {
-        name: float(value[:n_runs].mean())
+        name: float(value[rows].mean())
         for name, value in {**measured, **inside, **knobs}.items()
         if value is not None
     }

@@ -279,6 +279,7 @@ class Attachment:
             self._log.write(seen, meter.steps)
             return None  # the end: nothing left to decide for
         action = self._guard.act(observation, measurement.diverged)
+        seen["guard/vetoes"] = float(self._guard.vetoes[0])
         moved = self._knobs.move(self._positions, action, progress=1 / self._n)
         moved = self._ranks.gather(moved[0].tolist())[:1]  # the first process decides
         previous = dict(self._written)
@@ -288,9 +289,8 @@ class Attachment:
                 values[name] = float(value[0])
         if self.act:
             self._together(lambda: self._apply(values, moved))
-        suffix = "" if self.act else "_proposed"
-        seen |= {f"knob/{name}{suffix}": value for name, value in values.items()}
-        self._log.write(seen, meter.steps)
+        proposed = {f"knob/{name}_proposed": value for name, value in values.items()}
+        self._log.write(seen if self.act else seen | proposed, meter.steps)
         reason = self._guard.reasons[0]
         if reason:
             logger.info("Step %d: %s", meter.steps, reason)

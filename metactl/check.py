@@ -1,10 +1,12 @@
 """Checks somebody's own `TrainingRun` or environment against the contract, in words."""
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import gymnasium
@@ -143,6 +145,7 @@ def check_training_run(
         _check_state,
         _check_rows,
         _check_knobs,
+        _check_descriptors,
     )
     for check in checks:
         try:
@@ -273,3 +276,16 @@ def _check_knobs(run: TrainingRun) -> str | None:
         if np.array_equal(losses[0], losses[1]):
             silent.append(name)
     return f"no effect: {', '.join(silent)}" if silent else None
+
+
+def _check_descriptors(run: TrainingRun) -> str | None:
+    """Descriptors are finite numbers of the same names for every task."""
+    told = [run.descriptors(seed) for seed in (1, 2, 1)]
+    if told[0] != told[2]:
+        return f"two calls for one task give {dict(told[0])} and {dict(told[2])}"
+    if list(told[0]) != list(told[1]):
+        return f"two tasks have {', '.join(told[0]) or 'none'} and {', '.join(told[1]) or 'none'}"
+    for name, value in chain.from_iterable(each.items() for each in told):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return f"{name} is {value!r}"
+    return None

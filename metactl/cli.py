@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -108,9 +109,9 @@ def _train(command: Train) -> int:
         train(config, run_dir, resume=command.resume, progress=progress)
     print(f"Policy: {run_dir / 'policy'}")
     _print_next(
-        f"metactl evaluate --policy {run_dir / 'policy'}",
-        f"metactl apply --policy {run_dir / 'policy'} --run-dir runs/new --compare --n-runs 4",
-        f"tensorboard --logdir {run_dir / 'tb'}",
+        ("metactl evaluate --policy", run_dir / "policy"),
+        ("metactl apply --run-dir runs/new --compare --n-runs 4 --policy", run_dir / "policy"),
+        ("tensorboard --logdir", run_dir / "tb"),
     )
     return 0
 
@@ -182,7 +183,7 @@ def _apply(command: Apply) -> int:
     print(f"Models: {models}   Picture: {run_dir / 'runs.png'}")
     if done.sample:
         print(f"What the first model writes:\n{done.sample}")
-    _print_next(f"tensorboard --logdir {run_dir / 'tb'}")
+    _print_next(("tensorboard --logdir", run_dir / "tb"))
     return 0
 
 
@@ -290,7 +291,7 @@ def _sweep(command: Sweep) -> int:
     from metactl.config import dump, find_config, parse_assignment, read_config
     from metactl.progress import bar, console
     from metactl.rundir import discard_if_refused, open_run_directory
-    from metactl.sweep.config import SweepConfig, described, plan, with_rotation
+    from metactl.sweep.config import SweepConfig, described, plan, resolved, with_rotation
 
     changes = dict(parse_assignment(text) for text in command.set)
     config = read_config(SweepConfig, find_config(command.config), changes)
@@ -308,7 +309,8 @@ def _sweep(command: Sweep) -> int:
             print(f"  {trial.name}  {described(trial.changes)}")
         return 0
     begun = (command.run_dir / "config.yaml").exists()
-    root = open_run_directory(command.run_dir, "sweep", dump(config), resume=begun)
+    record = {**dump(config), "resolved": resolved(trials)}
+    root = open_run_directory(command.run_dir, "sweep", record, resume=begun)
     from metactl.sweep.report import (
         against_policy,
         missing_members,
@@ -339,8 +341,8 @@ def _sweep(command: Sweep) -> int:
     if missing := missing_members(config, outcome):
         print(missing, file=sys.stderr)
     policy = root / "policy"
-    following = [f"metactl evaluate --policy {policy}"] if policy.exists() else []
-    _print_next(*following, f"tensorboard --logdir {root / 'tb'}")
+    following = [("metactl evaluate --policy", policy)] if policy.exists() else []
+    _print_next(*following, ("tensorboard --logdir", root / "tb"))
     return 1 if outcome.failed else 0
 
 
@@ -366,9 +368,9 @@ def _demo(command: Demo) -> int:
     policy = run_dir / "policy"
     print(f"Report: {run_dir / 'summary.json'}   Picture: {run_dir / 'demo.png'}")
     _print_next(
-        f"metactl apply --policy {policy} --data YOUR_TEXT --run-dir runs/mine --compare",
-        "metactl train --config train --run-dir runs/train",
-        f"tensorboard --logdir {run_dir / 'tb'}",
+        ("metactl apply --data YOUR_TEXT --run-dir runs/mine --compare --policy", policy),
+        ("metactl train --config train --run-dir", Path("runs/train")),
+        ("tensorboard --logdir", run_dir / "tb"),
     )
     return 0
 
@@ -383,10 +385,11 @@ def _require_at_least(command: Any, **least: int) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {low}, got {value}")
 
 
-def _print_next(*commands: str) -> None:
+def _print_next(*commands: tuple[str, Path]) -> None:
+    """Commands, each with the path that it ends in."""
     print("Next:")
-    for command in commands:
-        print(f"  {command}")
+    for command, path in commands:
+        print(f"  {command} {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Configurations: dataclasses with defaults, read from YAML, changed by flags. No torch here."""
 
-import contextlib
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import chain
@@ -232,12 +232,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as the number that it is in YAML 1.2; to 1.1 it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
 def _load_yaml(text: str) -> Any:
     """Plain values; refuses what aliases would blow up to more than a configuration can be."""
     root = yaml.compose(text, yaml.SafeLoader)
     if root is not None and _n_nodes(root, {}) > _MAX_NODES:
         raise ValueError(f"with its aliases it holds more than {_MAX_NODES} values")
-    return yaml.safe_load(text)
+    return yaml.load(text, _Loader)
 
 
 def _n_nodes(node: yaml.Node, known: dict[int, int]) -> int:
@@ -301,7 +312,7 @@ def find_config(name: str) -> Path:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value` from the command line; the value as YAML reads it, and 1e-4 as a number.
+    """`key=value` from the command line; the value as YAML reads it.
 
     Raises:
         ConfigError: If it is not of that form.
@@ -314,9 +325,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     except UNREADABLE as error:
         shown = value if len(value) < 80 else f"{value[:80]}..."
         raise ConfigError(f"--set {key}: {shown!r} is not a YAML value") from error
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)
     return key, parsed
 
 

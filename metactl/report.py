@@ -58,9 +58,14 @@ def disturbed_table(summary: dict[str, Any], title: str) -> Table:
     return table
 
 
+_BEST_OF_GROUP = "best static by epochs"  # that of all tasks may be poor on these
+
+
 def epochs_table(summary: dict[str, Any]) -> Table:
     """The policy minus the settings, by how often a run saw its data."""
-    columns = ("default", "best static", "per-task best static")
+    by_group = any(_BEST_OF_GROUP in group["policy_minus"] for group in summary["by_epochs"])
+    best = _BEST_OF_GROUP if by_group else "best static"
+    columns = ("default", best, "per-task best static")
     title = "The policy minus them, by epochs of a run's data"
     table = plain_table(title, "epochs", "tasks", *columns)
     for group in summary["by_epochs"]:
@@ -129,10 +134,13 @@ def _share(value: float | None) -> str:
 
 
 def gap_sentence(summary: dict[str, Any]) -> str:
-    """The share of the gap that is closed, in words."""
-    closed = summary["gap_closed"]
-    if closed["estimate"] is None:
-        return "There is no gap between the best static setting and the per-task best."
+    """The share of the gap that is closed, in words, where there is a gap that could be."""
+    closed, gap = summary["gap_closed"], summary["gap"]
+    if closed["estimate"] is None or not (gap["low"] or 0) > 0:
+        return (
+            f"The best static setting minus the per-task best: {interval_text(gap)}, which is too "
+            f"little to say what share of it the policy closes."
+        )
 
     def percent(value: float | None) -> str:
         return "unbounded" if value is None else f"{100 * value:.0f} %"

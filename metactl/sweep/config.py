@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from metactl.config import STRICT, ConfigError, TrainConfig, find_config, read_config
+from metactl.config import STRICT, ConfigError, TrainConfig, dump, find_config, read_config
+from metactl.policy import Policy
 from metactl.rundir import resolve_data
 
 _LEAST_MEMBERS = 4
+_OWN = ("environment.shards", "environment.n_workers")  # of every trial: see `resources`
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -156,6 +159,9 @@ class SweepConfig:
             raise ValueError("options are of kinds 'apply' and 'knobs'; a recipe has its own")
         if self.kind != "train" and "split" in {**self.space, **self.options}:
             raise ValueError("split is not to choose: trials are scored on tasks of meta_train")
+        for key in _OWN:
+            if self.kind == "train" and key in self.space:
+                raise ValueError(f"{key} is not to vary: where a trial runs follows from resources")
         if self.mean_of > 1 and self.kind != "train":
             raise ValueError(f"mean_of is of kind 'train'; kind {self.kind!r} learns no policies")
         if self.kind == "apply" and (self.scheduler != "none" or self.stop.patience):
@@ -275,6 +281,21 @@ def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
     config = read_config(TrainConfig, path, changes | here)
     options = {"environment.options": resolve_data(config.environment.options)}
     return read_config(TrainConfig, path, changes | here | options)
+
+
+def resolved(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What trials run that their sweep's file only names: the first one's recipe or options, and
+    the checksums of all policies. A sweep goes on only if it is the same.
+
+    Raises:
+        PolicyError: If there is no such policy.
+    """
+    first = trials[0]
+    if first.recipe is not None:
+        return {"recipe": dump(first.recipe)}
+    policies = sorted({trial.policy for trial in trials})
+    checksums = {policy: Policy.load(policy).card.weights_sha256 for policy in policies}
+    return {"options": first.options, "policies": checksums}
 
 
 def described(changes: dict[str, Any]) -> str:

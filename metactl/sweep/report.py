@@ -20,6 +20,7 @@ from metactl.sweep.config import SweepConfig, Trial, trial_folder
 from metactl.sweep.member import read_reference
 from metactl.sweep.run import Outcome
 from metactl.sweep.score import gain
+from metactl.sweep.searcher import read_point
 
 _SHOWN = 10
 _COLUMNS = 4  # panels side by side
@@ -41,19 +42,21 @@ def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, roo
             "failed": outcome.failed,
             "left": outcome.left,
             "planned": len(trials),
+            "points": {trial.name: _point(trial, root) for trial in trials},
         },
     )
     keys = list(config.space)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["trial", *keys, *_FIGURES])
+    began = "began_at/" if config.is_population else ""  # its members move on from there
+    rows.writerow(["trial", *(began + key for key in keys), *_FIGURES])
     for result in outcome.results:
         varied = [result["changes"].get(key) for key in keys]
         rows.writerow([result["trial"], *varied, *(result[name] for name in _FIGURES)])
     write_atomically(root / "results.csv", text.getvalue().encode())
     if not outcome.results:
         return
-    _write_hparams(outcome.results, root)
+    _write_hparams(outcome.results, root, began)
     if config.is_population:
         draw_schedules(root / "search.png", outcome.results, keys)
     else:
@@ -63,7 +66,12 @@ def write_report(config: SweepConfig, trials: list[Trial], outcome: Outcome, roo
     if len(winners) > 1:
         _mean_policy(winners, best).save(root / "policy")
     elif winners[0].exists():
-        shutil.copytree(winners[0], root / "policy", dirs_exist_ok=True)
+        Policy.load(winners[0]).save(root / "policy")
+
+
+def _point(trial: Trial, root: Path) -> dict[str, Any]:
+    """What a trial varies, whether it finished or not; a searcher may have placed it elsewhere."""
+    return {**trial.changes, **(read_point(trial_folder(root, trial.name)) or {})}
 
 
 def _mean_policy(folders: list[Path], results: list[dict[str, Any]]) -> Policy:
@@ -134,7 +142,7 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _write_hparams(results: list[dict[str, Any]], root: Path) -> None:
+def _write_hparams(results: list[dict[str, Any]], root: Path, prefix: str) -> None:
     """One entry per trial; a text value stays text."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -142,7 +150,7 @@ def _write_hparams(results: list[dict[str, Any]], root: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for result in results:
         plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
+            prefix + key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in result["changes"].items()
         }
         figures = {f"sweep/{name}": result[name] for name in _FIGURES}

@@ -8,9 +8,12 @@ again, and every trial goes on from where it was.
 import contextlib
 import logging
 import math
+import os
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,15 +83,27 @@ def run_sweep(
         with cluster(address) as available:
             needs = config.resources
             check_resources("a trial", needs.cpu, needs.gpu, available)
-            failed = _tuned(config, left, root, len(trials), progress)
-    results = [read_result(trial_folder(root, trial.name)) for trial in trials]
-    found = [result for result in results if result is not None]
+            _take_sigterm_for_ctrl_c()
+            failed = _tuned(config, left, root, len(trials), progress, _results(root, trials))
+    found = _results(root, trials)
     return Outcome(
         results=sorted(found, key=merit, reverse=True),
         stopped=[t.name for t in trials if _is_stopped(root, t)],
         failed=failed,
         left=[t.name for t in trials if not (_is_over(root, t) or t.name in failed)],
     )
+
+
+def _take_sigterm_for_ctrl_c() -> None:
+    """What a batch system sends when time is up; Ray, once started, would end without a word."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+
+def _results(root: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Of those that finished."""
+    results = [read_result(trial_folder(root, trial.name)) for trial in trials]
+    return [result for result in results if result is not None]
 
 
 def _is_over(root: Path, trial: Trial) -> bool:
@@ -106,6 +121,7 @@ def _tuned(
     root: Path,
     n_planned: int,
     progress: Progress | None,
+    finished: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Runs trials under Tune; why, by name, for those that failed."""
     from ray import tune
@@ -114,7 +130,7 @@ def _tuned(
     trainable, space, scheduler = prepare(config, trials, root)
     shutil.rmtree(root / "tune", ignore_errors=True)
     minutes, patience = config.stop.minutes, config.stop.patience
-    watcher = tune_watcher(root, n_planned, len(trials), progress)
+    watcher = tune_watcher(root, n_planned, len(trials), progress, finished)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": config.resources.cpu, "gpu": config.resources.gpu}),
         param_space={"trial": tune.grid_search([trial.name for trial in trials]), **space},

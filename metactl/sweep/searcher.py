@@ -61,7 +61,7 @@ def placed(
     if config.searcher != "optuna":
         return trial
     folder = trial_folder(root, trial.name)
-    chosen = _read_point(folder / POINT)
+    chosen = read_point(folder)
     if chosen is None:
         chosen = _suggested(config, trial, root)
         try:
@@ -129,7 +129,7 @@ class _Other:
 def _others(root: Path, name: str) -> list[_Other]:
     found = []
     for folder in sorted((root / "trials").glob("*")):
-        point = _read_point(folder / POINT)
+        point = read_point(folder)
         if point is not None and folder.name != name:
             result = read_result(folder)
             score = None if result is None else float(result["score"])
@@ -152,9 +152,10 @@ def _within(values: Range, value: float) -> bool:
     return low <= value <= high
 
 
-def _read_point(path: Path) -> dict[str, Any] | None:
+def read_point(folder: Path) -> dict[str, Any] | None:
+    """Where a trial of this folder was placed; `None` if it was not, or nobody can read it."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads((folder / POINT).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,28 @@ _FINENESS = 1000  # of the progress of one trial
 _ROOM = 1 << 16  # bytes; whoever cannot write so much cannot go on
 
 
-def tune_watcher(root: Path, n_planned: int, n_left: int, progress: Progress | None) -> Any:
-    """A Tune callback that marks trials that were given up, and tells about progress."""
+def tune_watcher(
+    root: Path,
+    n_planned: int,
+    n_left: int,
+    progress: Progress | None,
+    finished: Sequence[dict[str, Any]] = (),
+) -> Any:
+    """A Tune callback that marks trials that were given up, and tells about progress.
+
+    Args:
+        root: The sweep's directory.
+        n_planned: Trials in all.
+        n_left: Of these, how many are not over.
+        progress: Told about them.
+        finished: Results of those that finished before.
+    """
     from ray.tune import Callback
 
     class Watcher(Callback):
-        best: tuple[float, float] | None = None  # merit and score
+        best: tuple[float, float] | None = max(
+            ((merit(result), result["score"]) for result in finished), default=None
+        )
         over = n_planned - n_left
 
         def __init__(self) -> None:

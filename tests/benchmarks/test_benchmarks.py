@@ -65,7 +65,7 @@ def test_evaluations_are_commands_that_metactl_understands(name, tmp_path):
     found = tyro.cli(Command, args=arguments)
     assert isinstance(found, Evaluate)
     assert "knobs=[dropout,weight_decay]" in found.set
-    assert found.n_tasks == place.n_tasks and found.grid == place.grid
+    assert found.n_tasks == place.n_tasks and found.grid == place.grid and found.seed == 1
     assert (found.suite == "full") == (name == "default") == (found.rival == ["default"])
 
 

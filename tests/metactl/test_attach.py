@@ -122,6 +122,10 @@ def test_acting_moves_what_it_says_and_nothing_moves_at_the_end():
     logged = {tag for tag, _, _ in run.logged}
     assert {"train/loss", "probe/loss", "knob/dropout", "signal/generalisation_gap"} <= logged
     assert {step for _, _, step in run.logged} == {4, 8, 12, 16, 20, 24}
+    shown = {step: value for tag, value, step in run.logged if tag == "knob/dropout"}
+    in_force = {d.step: d.previous["dropout"] for d in run.decisions}
+    assert shown == {**in_force, 24: last.values["dropout"]}  # at which the loss beside it was made
+    assert {value for tag, value, _ in run.logged if tag == "guard/vetoes"} == {0.0}
     before = run.weights()
     run.train(4)
     assert not same(before, run.weights())

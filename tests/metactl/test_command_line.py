@@ -84,6 +84,8 @@ def test_apply_twice_gives_identical_losses_and_saves_the_model(
     assert single["estimate"] is not None
     assert single["low"] is single["high"] is None  # one pair says nothing of the spread
     assert (tmp_path / "a" / "runs.png").stat().st_size > 5_000
+    for board in ("tb", "tb/default"):  # the twins beside what is controlled
+        assert len(list((tmp_path / "a" / board).glob("events.*"))) == 1
     weights = load_file(tmp_path / "a" / "model-0" / "model.safetensors")
     assert all(np.isfinite(value).all() for value in weights.values())
     shape = json.loads((tmp_path / "a" / "model-0" / "config.json").read_text())
@@ -563,3 +565,8 @@ class Careless(TrainingRun):
 def test_check_is_not_deceived_by_one_array_nor_by_rows_that_are_ignored(restores, said):
     found = [finding.text for finding in check_training_run(Careless(restores))]
     assert any(said in text for text in found)
+
+
+def test_commands_that_are_proposed_can_be_pasted(capsys):
+    cli._print_next(("tensorboard --logdir", Path("my runs/tb")))
+    assert capsys.readouterr().out == "Next:\n  tensorboard --logdir 'my runs/tb'\n"

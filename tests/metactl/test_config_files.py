@@ -302,3 +302,11 @@ def test_a_config_that_is_no_plain_file_of_bounded_size_is_refused(tmp_path):
     large.write_text("# " + "x" * (1 << 20))
     assert "it is no plain file" in refusal(pipe)
     assert "it is larger than 1 MiB" in refusal(large)
+
+
+def test_a_number_is_one_in_a_list_too(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("space: {ppo.learning_rate: {grid: [1e-3, .5E2, 3e4, '1e-3', e-3]}}")
+    grid = read_config(SweepConfig, file, {}).space["ppo.learning_rate"].grid
+    assert grid == (1e-3, 50.0, 3e4, "1e-3", "e-3")
+    assert parse_assignment("a=[1e-3, -2.5e+1]") == ("a", [1e-3, -25.0])

@@ -47,7 +47,7 @@ from metactl.evaluation.summary import (
 from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
-from metactl.report import draw_runs
+from metactl.report import draw_runs, gap_sentence
 from metactl.rollout import PlannedRun, play
 from metactl.shards import ShardRow
 from metactl.statistics import interquartile_mean, paired_difference, worst_decile
@@ -533,6 +533,19 @@ def test_a_search_spends_its_budget_and_is_repeatable(shards):
     controllers = [arm.controllers[0] for arm in found]
     assert np.array_equal(controllers[0].positions, controllers[1].positions)
     assert 2 * 60 <= sum(spent) <= 2 * 100
+
+
+@pytest.mark.parametrize(
+    ("low", "words"),
+    [
+        (0.01, "closes: 150 % (95 % interval 90 % to unbounded)"),
+        (0.0, "+0.020 [+0.000, +0.030], which"),
+    ],
+)
+def test_a_share_is_told_of_a_gap_that_there_is(low, words):
+    gap = {"estimate": 0.02, "low": low, "high": 0.03}
+    closed = {"estimate": 1.5, "low": 0.9, "high": None}
+    assert words in gap_sentence({"gap": gap, "gap_closed": closed})
 
 
 # The picture -------------------------------------------------------------------------------------

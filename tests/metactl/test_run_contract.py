@@ -3,6 +3,7 @@ import pytest
 from toy_plant import Exploding, ToyPlant
 
 from metactl import Measurement, SingleRuns
+from metactl.check import check_training_run
 from metactl.controllers import Static
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
@@ -151,3 +152,20 @@ def test_single_ones_have_the_horizon_of_their_population():
     for _ in range(5):
         losses = [loop.step(np.zeros((2, 2))).measurement.probe_loss for loop in (native, again)]
         np.testing.assert_array_equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (lambda seed: {"size": float(seed)}, None),
+        (lambda seed: {"size": float("nan")}, "two calls for one task"),
+        (lambda seed: {"size": "large"}, "size is 'large'"),
+        (lambda seed: {"size": float("inf")}, "size is inf"),
+        (lambda seed: {f"size {seed}": 1.0}, "two tasks have size 1 and size 2"),
+    ],
+)
+def test_what_is_told_of_tasks_is_checked(told, words, monkeypatch):
+    monkeypatch.setattr(ToyPlant, "descriptors", lambda self, seed, split="meta_train": told(seed))
+    *_, last = check_training_run(ToyPlant(2))
+    assert last.text.startswith("Descriptors are finite numbers")
+    assert last.passed if words is None else words in last.text

@@ -10,25 +10,28 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from metactl.cli import main
 from metactl.cluster import check_resources, cluster
-from metactl.config import ConfigError, parse
+from metactl.config import ConfigError, dump, parse, read_config
 from metactl.deployment import deployment
 from metactl.evaluation import play_arms, policy_arm
 from metactl.policy import Policy
+from metactl.rundir import open_run_directory
 from metactl.shards import ShardRow
 from metactl.sweep.check import check_sweep, check_trials
-from metactl.sweep.config import SweepConfig, plan, trial_folder
+from metactl.sweep.config import SweepConfig, plan, resolved, trial_folder
 from metactl.sweep.report import missing_members, write_report
 from metactl.sweep.result import RESULT, STOPPED, read_result
 from metactl.sweep.run import Outcome
 from metactl.sweep.score import play_kinds, play_pair
 from metactl.sweep.searcher import POINT, placed, require_searcher
 from metactl.sweep.trial import run_trial
+from metactl.sweep.watcher import tune_watcher
 
 TINY = {
     "environment.options.horizon": 40,
@@ -103,6 +106,10 @@ def test_a_plan_combines_grids_and_draws_the_rest(tmp_path):
         ({"kind": "apply", "mean_of": 2}, ["mean_of is of kind 'train'", "'apply'"]),
         ({"kind": "apply", "options": {"split": "all"}}, ["split", "meta_train"]),
         ({"mean_of": 0}, ["mean_of must be at least 1, got 0"]),
+        (
+            {"space": {"environment.n_workers": {"grid": [0, 2]}}},
+            ["environment.n_workers is not to vary", "resources"],
+        ),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused_in_words(changes, parts):
@@ -111,6 +118,49 @@ def test_a_sweep_that_makes_no_sense_is_refused_in_words(changes, parts):
         parse(SweepConfig, values, "sweep.yaml")
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_sweep_does_not_go_on_where_what_it_names_has_changed(tmp_path, capsys):
+    config = sweep(tmp_path, {"seed": {"grid": [0, 1]}})
+    file, root = tmp_path / "sweep.yaml", tmp_path / "run"
+    file.write_text(json.dumps({"recipe": config.recipe, "space": {"seed": {"grid": [0, 1]}}}))
+    config = read_config(SweepConfig, file, {})
+
+    def record():
+        return {**dump(config), "resolved": resolved(plan(config))}
+
+    open_run_directory(root, "sweep", record(), resume=False)
+    open_run_directory(root, "sweep", record(), resume=True)
+    recipe = Path(config.recipe)
+    longer = json.loads(recipe.read_text())
+    longer["ppo"]["total_timesteps"] = 800
+    recipe.write_text(json.dumps(longer))
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "--config", str(file), "--run-dir", str(root)])
+    assert stop.value.code == 2
+    assert "resolved.recipe.ppo.total_timesteps differ" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_sweep_over_policies_knows_each_by_its_checksum(tmp_path):
+    shipped, copies = Policy.load("default"), [tmp_path / "a", tmp_path / "b"]
+    for folder in copies:
+        shipped.save(folder)
+    space = {"policy": {"grid": [str(folder) for folder in copies]}}
+    config = sweep(tmp_path, space, kind="apply", options={"d_model": 8})
+    before = resolved(plan(config))
+    assert before["options"] == {"d_model": 8}
+    assert set(before["policies"]) == {str(folder) for folder in copies}
+    other = {name: weight + (name == "bias_0") for name, weight in shipped.weights.items()}
+    Policy(shipped.card, other).save(copies[1])
+    after = resolved(plan(config))
+    changed = set(before["policies"].items()) - set(after["policies"].items())
+    assert {folder for folder, _ in changed} == {str(copies[1])}
+
+
+def test_progress_goes_on_from_what_finished_before(tmp_path):
+    results = [{"score": 0.02, "merit": -2.0}, {"score": 0.05, "merit": -1.5}]
+    assert tune_watcher(tmp_path, 4, 2, None, results).best == (-1.5, 0.05)
+    assert tune_watcher(tmp_path, 4, 4, None).best is None
 
 
 def test_a_value_that_the_recipe_does_not_take_is_refused_before_anything_starts(tmp_path):
@@ -320,6 +370,8 @@ def test_a_sweep_leaves_the_mean_of_its_best_policies(tmp_path):
     results.sort(key=lambda result: result["score"], reverse=True)
     outcome = Outcome(results=results, stopped=[], failed={}, left=[])
     write_report(config, trials, outcome, tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["points"] == {trial.name: trial.changes for trial in trials}
     left = Policy.load(tmp_path / "policy")
     best = [Policy.load(trial_folder(tmp_path, r["trial"]) / "policy") for r in results[:2]]
     seen = np.random.default_rng(0).normal(size=(5, len(left.card.observations)))
@@ -464,7 +516,8 @@ def start(tmp_path, run_dir):
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("how", ["Ctrl-C", "the end of its time"])  # as a batch system says it
+def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path, how):
     sweep(tmp_path, {"seed": {"grid": [1]}})
     recipe = tmp_path / "recipe.yaml"
     longer = json.loads(recipe.read_text())
@@ -476,7 +529,10 @@ def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGINT)
+    if how == "Ctrl-C":
+        os.killpg(run.pid, signal.SIGINT)
+    else:
+        run.terminate()
     out, err = run.communicate(timeout=200)
     assert run.returncode == 130, err
     assert "Stopped with 3 trials left; the same command goes on" in out

@@ -299,7 +299,8 @@ def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, sched
     apart = np.subtract(report["results"][0]["test_loss"], reference["policy"]).mean()
     assert report["best_minus_policy"]["estimate"] == pytest.approx(apart)
     with (root / "results.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 4
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 and {f"began_at/{knob}" for knob in SPACE} <= set(rows[0])
     assert (root / "search.png").stat().st_size > 5_000
 
 
