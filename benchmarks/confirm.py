@@ -36,6 +36,7 @@ from metactl.evaluation.arms import (
 from metactl.evaluation.place import Counter
 from metactl.policy import Policy
 from metactl.progress import bar
+from metactl.rundir import writable
 
 _GOOD = {"dropout": 0.0, "rope_base": 8.0}  # the best of a few that are the same everywhere
 _RATE = -1  # of the descriptors
@@ -54,7 +55,7 @@ class Options:
     places: tuple[str, ...] = tuple(PLACES)
     """Of default, english, cpp, 480, 960, d64, d64_480, d128; recall, waves, digits."""
     seed: int = 1
-    """Of the tasks; evaluations have 0."""
+    """Of the tasks, from 0. Those of 0 have been looked at while policies were made."""
 
 
 def confirm(policy: Policy, rivals: dict[str, Policy], place: Place, seed: int) -> dict[str, Any]:
@@ -95,6 +96,9 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1)
     try:
+        if options.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {options.seed}")
+        writable(options.json)
         places = named(options.places)
         policy = Policy.load(options.policy)
         rivals = {name: Policy.load(name) for name in options.rival}

@@ -31,6 +31,7 @@ from metactl.signals import INTERNAL_NAMES, UNIVERSAL
 
 SWAPPED_GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group != "progress"))
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
+_ALIKE = 1e-9
 _YOKED = 0x70C3  # turns a run's seed into another's
 
 Results = dict[str, list[PlayedRun]]
@@ -77,6 +78,12 @@ def known_of_tasks(shards: ShardRow, n_tasks: int, seed: int) -> FloatArray:
     seeds = [episode.task_seed for episode in paired_episodes(n_tasks, seed, np.zeros(0))]
     known: FloatArray = shards.call_all("descriptors", seeds)[0]
     return known
+
+
+def spread_of(known: FloatArray) -> FloatArray:
+    """Deviation of each descriptor over tasks, to measure others by; 1 where all are alike."""
+    spread: FloatArray = known.std(axis=0)
+    return np.where(spread > _ALIKE, spread, 1.0)
 
 
 def play_arms(

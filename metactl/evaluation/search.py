@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 from metactl.controllers import BaseController, Learned, Schedule
-from metactl.evaluation.arms import Arm, known_of_tasks, play_arms
+from metactl.evaluation.arms import Arm, known_of_tasks, play_arms, spread_of
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray
 from metactl.policy import Policy
@@ -106,7 +107,7 @@ def best_told_schedule(search: Search, found: Arm, known: FloatArray) -> Arm:
     assert isinstance(untold, Schedule)
     n_control_steps = round(1 / untold.share)
     usual = known_of_tasks(search.shards, _N_KNOWN, search.seed)
-    middle, spread = usual.mean(axis=0), np.maximum(usual.std(axis=0), 1e-9)
+    middle, spread = usual.mean(axis=0), spread_of(usual)
 
     def make(vector: FloatArray, tasks: FloatArray) -> list[Schedule]:
         knots = vector.reshape(1 + known.shape[1], len(KNOTS), -1)
@@ -117,8 +118,12 @@ def best_told_schedule(search: Search, found: Arm, known: FloatArray) -> Arm:
             for own in told.clip(0, 1)
         ]
 
+    @cache  # all candidates of a generation ask for the same
+    def known_there(seed: int) -> FloatArray:
+        return known_of_tasks(search.shards, search.n_tasks, seed)
+
     def of_seed(vector: FloatArray, seed: int) -> list[Schedule]:
-        return make(vector, known_of_tasks(search.shards, search.n_tasks, seed))
+        return make(vector, known_there(seed))
 
     base = untold.positions[1:].ravel()
     start = np.concatenate((base, np.zeros(known.shape[1] * len(base))))

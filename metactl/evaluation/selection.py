@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from metactl.evaluation.arms import Results
+from metactl.evaluation.arms import Results, spread_of
 from metactl.evaluation.summary import column, epoch_groups
 from metactl.knobs import FloatArray
 from metactl.rollout import PlayedRun
@@ -71,8 +71,8 @@ def chosen_beforehand(
     chosen = {"best static of training tasks": _picked(there, here, _on_average(n))}
     if not known_here.shape[1]:
         return chosen
-    unit = np.maximum(known_there.std(axis=0), 1e-9)
-    distance = np.linalg.norm((known_here[:, None] - known_there) / unit, axis=2)
+    apart = (known_here[:, None] - known_there) / spread_of(known_there)
+    distance = np.linalg.norm(apart, axis=2)
     n_nearest = min(len(known_there), max(_FEWEST, len(known_there) // _NEAREST))
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :n_nearest]
 

@@ -83,8 +83,9 @@ def run_sweep(
         with cluster(address) as available:
             needs = config.resources
             check_resources("a trial", needs.cpu, needs.gpu, available)
-            _take_sigterm_for_ctrl_c()
-            failed = _tuned(config, left, root, len(trials), progress, _results(root, trials))
+            finished = _results(root, trials)
+            with _sigterm_as_ctrl_c():
+                failed = _tuned(config, left, root, len(trials), progress, finished)
     found = _results(root, trials)
     return Outcome(
         results=sorted(found, key=merit, reverse=True),
@@ -94,10 +95,17 @@ def run_sweep(
     )
 
 
-def _take_sigterm_for_ctrl_c() -> None:
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
     """What a batch system sends when time is up; Ray, once started, would end without a word."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _results(root: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:

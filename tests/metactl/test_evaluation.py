@@ -181,6 +181,9 @@ def test_settings_are_chosen_beforehand_for_all_tasks_and_by_what_is_known_of_ea
     both = np.concatenate((np.concatenate((there, here))[:, None], noise), axis=1)
     chosen = chosen_beforehand(played(there), both[:32], played([0.9, -0.9]), both[[31, 0]])
     assert [run.arm for run in chosen["the same, told the task"]] == ["high", "low"]
+    alike, other = np.ones((32, 1)), np.full((2, 1), 1.5)  # nothing that could tell them apart
+    chosen = chosen_beforehand(played(there), alike, played([0.9, -0.9]), other)
+    assert len({run.arm for run in chosen["the same, told the task"]}) == 1
     nothing = chosen_beforehand(played(there), np.zeros((32, 0)), played(here), np.zeros((4, 0)))
     assert list(nothing) == ["best static of training tasks"]
 
@@ -512,7 +515,7 @@ class Known(ToyPlant):
         return 1 + self.state["distance"]
 
 
-def test_a_schedule_that_is_told_the_task_does_what_the_task_needs(monkeypatch):
+def test_a_schedule_that_is_told_the_task_does_what_the_task_needs():
     with ShardRow(TOY, 4, {"n_control_steps": N}, 0) as row:
         row._local.env.loop.run = Known(4)
         first = best_schedule(searching(row, 200))
