@@ -219,7 +219,7 @@ def _evaluate(command: Evaluate) -> int:
         each_knob=full,
         beforehand=full or command.beforehand,
         population=8 if full else 0,
-        disturbed=full,
+        disturbed=full or command.disturbed,
     )
     flags = {"horizon": command.optimizer_steps, "rotation": command.rotation}
     changes = flags | dict(parse_assignment(text) for text in command.set)
@@ -260,7 +260,8 @@ def _folder_of_runs(run_dir: Path) -> Path:
 
 
 def _require_headroom_options(command: Evaluate) -> None:
-    for flag in ("update_card", "figure", "rival", "static", "linear_runs", "beforehand"):
+    of_policies = ("update_card", "figure", "rival", "static", "linear_runs")
+    for flag in (*of_policies, "beforehand", "disturbed"):
         if getattr(command, flag):
             raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
     if command.suite != "quick":

@@ -118,11 +118,13 @@ class Evaluate:
     environment: str | None = None
     """Id of the environment, MODULE:NAME-vN, where the policy was trained in one of yours."""
     suite: Literal["quick", "full"] = "quick"
-    """full: also PBT, single signals swapped, single knobs, --beforehand, disturbed runs, searches:
+    """full: also PBT, single signals swapped, single knobs, --beforehand, --disturbed, searches:
     hours, so give --run-dir, too."""
     beforehand: bool = False
     """Also tune a static setting on tasks of meta-training, and begin there whatever moves
     knobs."""
+    disturbed: bool = False
+    """Also play the main arms again, with something befalling every run."""
     headroom: bool = False
     """Instead of the policy: how far static settings and schedules are apart, by task family."""
     families: tuple[str, ...] = ("text", "recall", "waves")
@@ -136,8 +138,8 @@ class Evaluate:
     rival: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Another policy on the same runs, folder or name, e.g. --rival default."""
     schedule_runs: Annotated[int | None, _by_default("0; full: 2688")] = None
-    """Also search the best schedule by CMA-ES with so many runs, and as many more (0: none) told
-    how much data a task has."""
+    """Also search the best schedule by CMA-ES with so many runs (0: none), and with as many more
+    one that is told what is known of a task."""
     linear_runs: Annotated[int | None, _by_default("0; full: 2688")] = None
     """Also search the best linear policy on the same signals, as PPO's rival (0: no search); it is
     left in RUN_DIR/linear, for --rival elsewhere."""

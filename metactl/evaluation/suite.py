@@ -337,5 +337,5 @@ def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
         except (ConfigError, ShardError) as error:
             raise ConfigError(
                 f"Runs of {where.env_id} cannot be disturbed: they have no option 'disturb'; "
-                f"use the quick suite"
+                f"leave out --disturbed and --suite full"
             ) from error

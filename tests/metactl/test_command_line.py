@@ -145,8 +145,10 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     twin = shutil.copytree(trained / "policy", tmp_path / "twin")
     small = (*static, "--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
     small += ("--rival", twin, "--json", report, "--figure", figure, "--beforehand")
+    small += ("--disturbed",)
     assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
     summary = json.loads(report.read_text())
+    assert set(summary["disturbed"]["arms"]) >= {"policy", "best static", "yoked", f"rival {twin}"}
     arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
     arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
     arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
@@ -320,6 +322,7 @@ def test_refusals_are_one_line_that_names_the_thing(
     assert "--rival is about a policy" in refused(capsys, *headroom, "--rival", policy)
     assert "--static is about a policy" in refused(capsys, *headroom, "--static", "dropout=0")
     assert "--beforehand is about a policy" in refused(capsys, *headroom, "--beforehand")
+    assert "--disturbed is about a policy" in refused(capsys, *headroom, "--disturbed")
     assert "--suite full is about a policy" in refused(capsys, *headroom, "--suite", "full")
     late = ("--families", "text", "digits", "--run-dir", new)
     assert "task 'digits' needs a context of 64" in refused(capsys, *headroom, *late)
