@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from metactl.adapters import KNOWN, AttachError, KnobAdapter, find_adapters
 from metactl.adapters.base import ModelKnob, unwrapped
 from metactl.adapters.checks import check_attachment, is_number
-from metactl.attachment import STATE_VERSION, Attachment, Decision, Given
+from metactl.attachment import STATE_VERSION, Attachment, Given
 from metactl.controllers import BaseController, Learned
+from metactl.decision import Decision
 from metactl.errors import unknown_name
 from metactl.homeostasis import SetPoints
 from metactl.log import Log

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from metactl.adapters import AttachError, KnobAdapter
-from metactl.adapters.trial import sealed
 from metactl.arrays import to_json
 from metactl.controllers import BaseController, Guard
+from metactl.decision import Decision
 from metactl.homeostasis import Balance, SetPoints
 from metactl.knobs import KnobSet
 from metactl.log import Log, tagged
 from metactl.meter import Meter
+from metactl.probe import Probe
 from metactl.ranks import Ranks
+from metactl.run import Measurement
 from metactl.signals import Codec, History
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 _FIRST_BUDGET = 1000  # optimizer steps, where nobody says how many there will be
 _NORMS = 4  # gradients of a control step whose norm is measured, at most
+_LONGEST = 10**15  # optimizer steps
 _FULL = 0.75  # of an estimated budget: from there it doubles
 
 
@@ -37,29 +40,6 @@ class Given:
     probe: Callable[[], float | Tensor] | None
     tokens_per_step: float | None
     unique_tokens: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What a controller decided at one control step.
-
-    Args:
-        step: Optimizer steps taken so far.
-        values: By knob: the value decided on, in force from now if `applied`.
-        previous: By knob: the value in force until now.
-        applied: Whether the values were put in force (mode `"act"`).
-        vetoed: Whether the guard decided instead of the controller.
-        reason: The guard's, in words; empty where it let the controller decide.
-        drive: How far the run is from balance, where set-points say so; in balance up to 1.
-    """
-
-    step: int
-    values: dict[str, float]
-    previous: dict[str, float]
-    applied: bool
-    vetoed: bool
-    reason: str
-    drive: float | None = None
 
 
 class Attachment:
@@ -96,9 +76,9 @@ class Attachment:
         strict: bool,
     ) -> None:
         self.adapters, self.act = dict(adapters), act
-        self._model, self._given, self._strict = model, given, strict
+        self._given, self._strict = given, strict
         self.optimizer = optimizer
-        self._probe = given.probe
+        self._probe = Probe(given.probe, model, strict=strict)
         self._known_total = given.total_steps is not None
         self._total = _FIRST_BUDGET if given.total_steps is None else int(given.total_steps)
         self._n = min(int(n_control_steps), self._total)
@@ -111,10 +91,10 @@ class Attachment:
         self._written = {name: adapter.read() for name, adapter in adapters.items()}
         self._positions = self._position_of(self._written)
         self._last_moves = np.zeros_like(self._positions)
-        self._index, self._warned = 0, False
+        self._index, self._warned, self._blind = 0, False, False
         start = {"progress": np.zeros(1)}
-        if self._probe is not None:
-            start["probe_loss"] = np.array([self._first_probe_loss(self._probe)])
+        if (loss := self._probe.first()) is not None:
+            start["probe_loss"] = np.array([loss])
         self._history.reset([0], start)
         self._meter = Meter(optimizer)
         self._ranks = Ranks(self._meter.device)
@@ -188,11 +168,14 @@ class Attachment:
             if not all(0 <= position <= 1 for position in positions.values()):
                 raise ValueError(f"positions must be in [0, 1], got {positions}")
             total, index = int(state["total"]), int(state["index"])
-            if total < 2 or index < 0:
-                raise ValueError(f"control step {index} of {total} optimizer steps")
             n = np.shape(state["history"]["progress"])[-1] - 1
+            if not (2 <= total <= _LONGEST and 0 <= index <= n):
+                raise ValueError(f"control step {index} of {n}, in {total:.6g} optimizer steps")
+            self._require_plausible(written)
             self._history.load_state_dict(state["history"])
             self._meter.load_state_dict(state["meter"])
+            if self._meter.steps < 0:
+                raise ValueError(f"it took {self._meter.steps} optimizer steps")
             if self._known_total and self._meter.steps > self._total:
                 raise ValueError(f"it took {self._meter.steps} optimizer steps of {self._total}")
             self._guard.load_state_dict(state["guard"])
@@ -205,6 +188,7 @@ class Attachment:
             raise AttachError(f"the state does not fit this run: {error}") from error
         self._index, self._written = index, written
         self._positions[0] = list(positions.values())
+        self._follow_ranges()
         self._last_moves[0] = list(last_moves.values())
         self._go_on_as_of(total, n)
         self._write(written)
@@ -242,6 +226,24 @@ class Attachment:
             raise ValueError(f"knobs must be finite, got {numbers}")
         return numbers
 
+    def _require_plausible(self, values: Mapping[str, float]) -> None:
+        """Of a state: knobs within their ranges, or where their owner has put them."""
+        for knob in self._knobs if self.act else ():
+            value, now = values[knob.name], self.adapters[knob.name].read()
+            ends = (knob.low, knob.high, now)
+            if not (knob.low <= value <= knob.high or any(_close(value, end) for end in ends)):
+                raise ValueError(
+                    f"{knob.name} is {value:g}, and here it may be {knob.low:g} to {knob.high:g}, "
+                    f"unless you set it so yourself before"
+                )
+
+    def _follow_ranges(self) -> None:
+        """Where a range is another than in the run of a state, its value counts, not its place."""
+        values = self._knobs.values(self._positions)
+        for i, (name, written) in enumerate(self._written.items()):
+            if not _close(float(values[name][0]), written):
+                self._positions[:, i] = self._position_of(self._written)[:, i]
+
     def _go_on_as_of(self, total: int, n_control_steps: int) -> None:
         """After loading the state of a run of so many optimizer and control steps."""
         if not self._known_total:
@@ -267,6 +269,7 @@ class Attachment:
         if measurement.probe_loss is not None:
             measurement.diverged[:] |= ~np.isfinite(measurement.probe_loss)
         self._together(self._note_changes_by_hand)
+        self._warn_of_signs(measurement)
         progress = np.array([min(meter.steps / self._total, 1.0)])
         self._history.append(progress, measurement)
         observation = self._codec.observe(
@@ -304,6 +307,17 @@ class Attachment:
             drive=None if self._balance.drive is None else float(self._balance.drive[0]),
         )
 
+    def _warn_of_signs(self, measurement: Measurement) -> None:
+        """Signals are ratios of losses, so they say nothing of those that are not above 0."""
+        losses = (measurement.train_loss, measurement.probe_loss)
+        if self._blind or not any(loss is not None and loss[0] < 0 for loss in losses):
+            return
+        self._blind = True
+        logger.warning(
+            "metactl: a loss is below 0: controller and guard see nothing of such losses; give "
+            "one that is above 0, such as nats per token"
+        )
+
     def _together(self, act: Callable[[], None]) -> None:
         """Does something that may fail in one process, and fails in all of them then."""
         error: Exception | None = None
@@ -319,6 +333,7 @@ class Attachment:
                 self.adapters[name].write(value)
                 read = self.adapters[name].read()
                 if not _close(read, value):
+                    self.adapters[name].write(self._written[name])
                     raise AttachError(f"knob {name!r}: wrote {value:g}, read back {read:g}")
                 self._written[name] = value
         largest = self._knobs.max_moves / self._n
@@ -346,41 +361,11 @@ class Attachment:
         self._meter.require_working()
         per_step = self._given.tokens_per_step
         return {
-            "probe_loss": self._probe_loss(),
+            "probe_loss": self._probe.loss(),
             "tokens_seen": None if per_step is None else per_step * self._meter.steps,
             "unique_tokens": self._given.unique_tokens,
             "n_parameters": float(self._meter.n_parameters()),
         }
-
-    def _probe_loss(self) -> float | None:
-        if self._probe is None:
-            return None
-        try:
-            return self._ask(self._probe)
-        except Exception as error:
-            if self._strict:
-                raise
-            logger.warning(
-                "metactl: the probe failed (%s: %s); going on without it",
-                type(error).__name__,
-                error,
-            )
-            self._probe = None
-            return None
-
-    def _ask(self, probe: Callable[[], float | Tensor]) -> float:
-        with sealed(self._model, training=False):
-            return float(probe())
-
-    def _first_probe_loss(self, probe: Callable[[], float | Tensor]) -> float:
-        """At `attach` a probe must work."""
-        try:
-            loss = self._ask(probe)
-        except Exception as error:
-            raise AttachError(f"the probe failed: {type(error).__name__}: {error}") from error
-        if not math.isfinite(loss):
-            raise AttachError(f"the probe must return a finite loss, got {loss}")
-        return loss
 
     def _position_of(self, values: Mapping[str, float]) -> np.ndarray:
         inside = {k.name: min(max(values[k.name], k.low), k.high) for k in self._knobs}

@@ -1,7 +1,9 @@
 """TensorBoard: one writer per directory, few tags, resumable."""
 
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,29 @@ class Board:
     def __init__(self, folder: Path, purge_step: int = 0) -> None:
         if purge_step:
             _wait_for_a_later_name(folder)
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
+        self._folder = str(folder)
+        self._writer = SummaryWriter(self._folder, purge_step=purge_step or None)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._named():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._named():
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._named():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What cannot be written, such as on a full disk, is said with its place."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or self._folder) from error
 
     def __enter__(self) -> "Board":
         return self

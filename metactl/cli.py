@@ -79,8 +79,9 @@ def _train(command: Train) -> int:
     import torch
 
     from metactl.config import TrainConfig, dump, find_config, parse_assignment, read_config
+    from metactl.deployment import flag_for
     from metactl.progress import bar
-    from metactl.rundir import discard_if_refused, open_run_directory, resolve_data
+    from metactl.rundir import discard_if_refused, open_run_directory, resolve_data_of
     from metactl.train import train
 
     changes: dict[str, Any] = dict(parse_assignment(text) for text in command.set)
@@ -97,8 +98,7 @@ def _train(command: Train) -> int:
     changes |= {key: value for key, value in flags.items() if value is not None}
     path = None if command.config is None else find_config(command.config)
     config = read_config(TrainConfig, path, changes)
-    options = resolve_data(config.environment.options)
-    config = read_config(TrainConfig, path, {**changes, "environment.options": options})
+    config = read_config(TrainConfig, path, changes | resolve_data_of(config.environment))
     run_dir = open_run_directory(command.run_dir, "train", dump(config), resume=command.resume)
     torch.set_num_threads(1)
     with (
@@ -108,9 +108,13 @@ def _train(command: Train) -> int:
     ):
         train(config, run_dir, resume=command.resume, progress=progress)
     print(f"Policy: {run_dir / 'policy'}")
+    flag = flag_for(config.environment.id)
     _print_next(
-        ("metactl evaluate --policy", run_dir / "policy"),
-        ("metactl apply --run-dir runs/new --compare --n-runs 4 --policy", run_dir / "policy"),
+        (f"metactl evaluate {flag}--policy", run_dir / "policy"),
+        (
+            f"metactl apply {flag}--run-dir runs/new --compare --n-runs 4 --policy",
+            run_dir / "policy",
+        ),
         ("tensorboard --logdir", run_dir / "tb"),
     )
     return 0
@@ -200,12 +204,14 @@ def _evaluate(command: Evaluate) -> int:
     _require_at_least(command, n_tasks=2, grid=1, n_envs=1, n_workers=-1, seed=0)
     _require_at_least(command, schedule_runs=0, linear_runs=0, optimizer_steps=1)
     if command.headroom:
-        _require_headroom_options(command)
+        command.check_headroom()
     elif command.families != Evaluate.families:
         raise ConfigError("--families is of --headroom: name another task by --set task=")
     policy = Policy.load(command.policy)
     if command.update_card and find_policy(command.policy) != command.policy:
         raise ConfigError("--update-card writes into a policy's folder: give that, not a name")
+    if command.update_card:
+        writable(command.policy / "policy.json")
     figure = writable(command.figure, picture=True)
     command = replace(command, json=writable(command.json), figure=figure)
     full = command.suite == "full"
@@ -259,17 +265,6 @@ def _folder_of_runs(run_dir: Path) -> Path:
     return folder
 
 
-def _require_headroom_options(command: Evaluate) -> None:
-    of_policies = ("update_card", "figure", "rival", "static", "linear_runs")
-    for flag in (*of_policies, "beforehand", "disturbed"):
-        if getattr(command, flag):
-            raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
-    if command.suite != "quick":
-        raise ValueError(f"--suite {command.suite} is about a policy, --headroom is not")
-    if not command.families:
-        raise ValueError("--families needs at least one family, got none")
-
-
 def _headroom(command: Evaluate, where: "Where") -> int:
     from metactl.evaluation import by_family, headroom
     from metactl.progress import bar, console
@@ -290,6 +285,7 @@ def _headroom(command: Evaluate, where: "Where") -> int:
 
 def _sweep(command: Sweep) -> int:
     from metactl.config import dump, find_config, parse_assignment, read_config
+    from metactl.deployment import flag_for
     from metactl.progress import bar, console
     from metactl.rundir import discard_if_refused, open_run_directory
     from metactl.sweep.config import SweepConfig, described, plan, resolved, with_rotation
@@ -342,7 +338,9 @@ def _sweep(command: Sweep) -> int:
     if missing := missing_members(config, outcome):
         print(missing, file=sys.stderr)
     policy = root / "policy"
-    following = [("metactl evaluate --policy", policy)] if policy.exists() else []
+    recipe = trials[0].recipe
+    flag = "" if recipe is None else flag_for(recipe.environment.id)
+    following = [(f"metactl evaluate {flag}--policy", policy)] if policy.exists() else []
     _print_next(*following, ("tensorboard --logdir", root / "tb"))
     return 1 if outcome.failed else 0
 

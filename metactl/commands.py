@@ -166,6 +166,17 @@ class Evaluate:
         }
         return _SIZES[self.suite] | {name: n for name, n in said.items() if n is not None}
 
+    def check_headroom(self) -> None:
+        """Refuses, with `ValueError`, the flags that --headroom has no use for."""
+        of_policies = ("update_card", "figure", "rival", "static", "linear_runs")
+        for flag in (*of_policies, "beforehand", "disturbed"):
+            if getattr(self, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
+        if self.suite != "quick":
+            raise ValueError(f"--suite {self.suite} is about a policy, --headroom is not")
+        if not self.families:
+            raise ValueError("--families needs at least one family, got none")
+
 
 _SIZES = {
     "quick": {"n_tasks": 32, "grid_points": 16, "schedule_runs": 0, "linear_runs": 0},

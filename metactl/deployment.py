@@ -1,5 +1,6 @@
 """Where a policy is put to work: the environment it was trained in, on what it never saw."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from metactl.rundir import resolve_data
 
 _TRAINING_ONLY = ("random_start", "freeze", "hide", "disturb", "reward_scale")
 _OURS = "envs"  # the package of our own environments
+OF_TEXT, TEXT = ("data", "other_data"), "text"  # options, and the family of tasks that has them
 _EVERYTHING = 1 << 40  # bytes; cut to what the data has
 
 
@@ -52,14 +54,28 @@ def deployment(
     options |= {"split": "meta_test", "n_control_steps": policy.card.n_control_steps}
     if data is not None:
         resolved = resolve_data({"data": str(data)})["data"]
-        seen = [place.get("data") for place in (trained.options, *trained.variants)]
+        places = (trained.options, *trained.variants)
+        seen = [place.get(name) for place in places for name in OF_TEXT]
         if resolved not in seen:
             options["split"] = "all"
         options["data"] = resolved
         if whole:
             options["unique_bytes"] = [_EVERYTHING, _EVERYTHING]
     changed = {k: v for k, v in (changes or {}).items() if v is not None}
+    if changed.get("task", TEXT) != TEXT and data is None:
+        options = without_text(options)
     return trained.id, options | resolve_data(changed)
+
+
+def without_text(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for families of tasks that make their own data."""
+    return {name: value for name, value in options.items() if name not in OF_TEXT}
+
+
+def flag_for(environment: str) -> str:
+    """What a command needs to use a policy that was trained in an environment; ends in a space."""
+    ours = environment.partition(":")[0] == _OURS
+    return "" if ours else f"--environment {shlex.quote(environment)} "
 
 
 def kinds_of_runs(policy: Policy) -> list[dict[str, Any]]:

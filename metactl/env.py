@@ -10,6 +10,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
@@ -163,6 +164,13 @@ def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.B
     return observation, action
 
 
+def _require_no_picture(render_mode: str | None) -> None:
+    if render_mode is not None:
+        raise ValueError(
+            f"render_mode must be None, got {render_mode!r}: TensorBoard shows training runs"
+        )
+
+
 def _shown(step: Step) -> dict[str, np.ndarray]:
     """What the runs showed, `[n_runs]` by name; never the test loss."""
     measured = {
@@ -201,7 +209,7 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ) -> None:
         if run.n_runs != 1:
             raise ValueError(f"TrainingRunEnv needs a run with n_runs=1, got {run.n_runs}")
-        self.render_mode = render_mode
+        _require_no_picture(render_mode)
         self.loop = ControlLoop(run, config)
         self.observation_space, self.action_space = _spaces(self.loop)
         self._seed: int | None = None
@@ -253,7 +261,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
     def __init__(
         self, run: TrainingRun, config: ControlConfig, render_mode: str | None = None
     ) -> None:
-        self.render_mode = render_mode
+        _require_no_picture(render_mode)
         self.loop = ControlLoop(run, config)
         self.num_envs = run.n_runs
         self.single_observation_space, self.single_action_space = _spaces(self.loop)
@@ -268,22 +276,23 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         seed: int | list[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        seeds: list[int | None] = [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            seeds = [int(seed) + i for i in range(self.num_envs)]
+        elif seed is not None:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"reset needs {self.num_envs} seeds, got {len(seeds)}")
+        for each in seeds:
+            if each is not None and not 0 <= each < 2**63:
+                raise ValueError(f"a seed must be in [0, 2**63), got {each}")
+        if isinstance(seed, int | np.integer):
+            super().reset(seed=int(seed))
         if self._seeds is None:  # where nobody gives one
-            first = 0 if seed is not None else int(self.np_random.integers(2**31))
-            self._seeds = first + np.arange(self.num_envs)
-        if seed is not None:
-            seeds: list[int | None]
-            if isinstance(seed, int | np.integer):
-                seeds = [int(seed) + i for i in range(self.num_envs)]
-            else:
-                seeds = list(seed)
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"reset needs {self.num_envs} seeds, got {len(seeds)}")
-            for i, each in enumerate(seeds):
-                if each is not None and not 0 <= each < 2**63:
-                    raise ValueError(f"a seed must be in [0, 2**63), got {each}")
-                if each is not None:
-                    self._seeds[i], self._episodes[i] = each, 0
+            self._seeds = int(self.np_random.integers(2**31)) + np.arange(self.num_envs)
+        for i, each in enumerate(seeds):
+            if each is not None:
+                self._seeds[i], self._episodes[i] = each, 0
         return self._begin(list(range(self.num_envs))), {}
 
     def _begin(self, rows: list[int]) -> np.ndarray:
@@ -300,6 +309,8 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        if self._seeds is None:
+            raise ResetNeeded("reset comes before step")
         step = self.loop.step(actions)
         infos: dict[str, Any] = {}
         for name, value in _shown(step).items():

@@ -50,6 +50,8 @@ class Knob:
         def refuse(what: str) -> None:
             raise ValueError(f"Knob {self.name!r}: {what}")
 
+        if not self.name.isprintable() or not self.name:
+            refuse("a name must be of printable characters")
         if self.scale not in SCALES:
             refuse(unknown_name("scale", self.scale, SCALES))
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):

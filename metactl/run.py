@@ -23,8 +23,9 @@ DISTURBED = "disturbed"
 class Measurement:
     """What the runs showed over the last optimizer steps; every array is `[n_runs]`.
 
-    What a run cannot measure is `None`: the signals that need it are masked, and the controller
-    is told so. All losses are in nats per token.
+    What a run cannot measure is `None`: the signals that need it are masked, with their whole
+    group, and the controller is told so (but of `train_loss_std`: the loss's noise then reads 0).
+    All losses are in nats per token.
 
     Args:
         train_loss: Mean minibatch loss, as trained (with dropout).

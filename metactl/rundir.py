@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from metactl.config import UNREADABLE, ConfigError
+from metactl.config import UNREADABLE, ConfigError, EnvironmentConfig
 from metactl.files import read_bytes, require_place, write_atomically
 
 _PICTURES = (".png", ".pdf", ".svg")
@@ -232,3 +232,11 @@ def resolve_data(options: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"Data {str(data)!r} does not exist")
         resolved[name] = str(path)
     return resolved
+
+
+def resolve_data_of(environment: EnvironmentConfig) -> dict[str, Any]:
+    """Changes of a configuration that make all paths of its data absolute, also in variants."""
+    return {
+        "environment.options": resolve_data(environment.options),
+        "environment.variants": [resolve_data(variant) for variant in environment.variants],
+    }

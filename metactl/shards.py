@@ -164,6 +164,12 @@ class ShardRow:
                     f"All variants must have the same knobs, got {', '.join(ours)} and "
                     f"{', '.join(theirs)}"
                 )
+            if first["observation_names"] != other["observation_names"]:
+                apart = set(first["observation_names"]) ^ set(other["observation_names"])
+                raise ValueError(
+                    f"All variants must see the same signals, but not all have "
+                    f"{', '.join(sorted(apart))}"
+                )
             if first["n_control_steps"] != other["n_control_steps"]:
                 raise ValueError(
                     f"All variants must have the same n_control_steps, got "

@@ -281,10 +281,11 @@ def _logit(share: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Signal:
-    """A named signal and the group whose absence masks it."""
+    """A named signal and the group whose absence masks it, with what else it takes."""
 
     function: Callable[[History], FloatArray]
     group: str
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -306,9 +307,9 @@ UNIVERSAL = (
     Signal(gradient_level, "gradient_norm"),
     Signal(gradient_trend, "gradient_norm"),
     Signal(update_ratio, "update_ratio_median"),
-    Signal(update_ratio_peak, "update_ratio_median"),
-    Signal(data_pressure, "unique_tokens"),
-    Signal(epochs, "unique_tokens"),
+    Signal(update_ratio_peak, "update_ratio_median", ("update_ratio_max",)),
+    Signal(data_pressure, "unique_tokens", ("n_parameters",)),
+    Signal(epochs, "unique_tokens", ("tokens_seen",)),
     Signal(cost_rate, "relative_cost"),
 )
 INTERNAL = tuple(
@@ -374,6 +375,8 @@ class Codec:
         n = len(positions)
         out = np.zeros((n, len(self)), dtype=np.float64)
         known = {signal.group: np.isfinite(history.latest(signal.group)) for signal in self.signals}
+        for signal, name in ((s, name) for s in self.signals for name in s.needs):
+            known[signal.group] &= np.isfinite(history.latest(name))
         for i, group in enumerate(self.groups):
             if visible is not None:
                 known[group] = known[group] & (visible[:, i] > 0)

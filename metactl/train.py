@@ -89,7 +89,9 @@ def train(
 
     Raises:
         RunDirectoryError: If there are checkpoints, and all are damaged.
+        ConfigError: If set-points are wanted, and there are no runs without variants.
     """
+    _require_healthy_runs(config)
     state = load_newest_checkpoint(run_dir / "checkpoints") if resume else None
     workers = None
     if state is not None and config.environment.n_workers < 0:
@@ -130,6 +132,21 @@ def train(
         policy = Policy(replace(policy.card, set_points=points), policy.weights)
         policy.save(run_dir / "policy")
     return policy
+
+
+def _require_healthy_runs(config: TrainConfig) -> None:
+    """Set-points are estimated at the end: what they are of is tried before anything is learned."""
+    environment = config.environment
+    if not (config.set_point_runs and environment.variants):
+        return
+    try:
+        one = replace(environment, n_envs=1, n_workers=0, variants=(), shards="processes")
+        build_shards(replace(config, environment=one), healthy=True).close()
+    except ValueError as error:
+        raise ConfigError(
+            f"set_point_runs={config.set_point_runs} needs runs with the options alone, without "
+            f"variants (0: no set-points): {error}"
+        ) from error
 
 
 def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:

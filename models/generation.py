@@ -66,7 +66,9 @@ def sample(
     """One token per sequence."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability = torch.softmax(logits / temperature, dim=-1)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows upwards
+    scaled = torch.where(below == 0, below, below / temperature)
+    probability = torch.softmax(scaled, dim=-1)
     if top_p < 1:
         ordered, index = probability.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # the token that crosses top_p stays in

@@ -1,6 +1,7 @@
 """Knobs of any torch optimizer: a multiplier of its learning rate, and its weight decay."""
 
 import inspect
+from collections.abc import Callable
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -26,8 +27,9 @@ def weight_decay_knob(default: float) -> Knob:
 class LearningRateKnob(KnobAdapter):
     """Multiplies the learning rate of every group, beside whatever schedule sets it.
 
-    The factor is in force within `optimizer.step` only: a scheduler that reads or scales the rates
-    never sees it. It is kept in the groups, so that a checkpoint of the optimizer carries it.
+    The factor is in force while the optimizer updates, and in no closure or hook of a step: a
+    scheduler that reads or scales the rates never sees it. It is kept in the groups, so that a
+    checkpoint of the optimizer carries it.
     Let go while it is not 1, it stays in force until the next controller or `forget_factor`.
 
     Args:
@@ -43,9 +45,12 @@ class LearningRateKnob(KnobAdapter):
         self.optimizer = optimizer
         self._kept: list[tuple[Any, Any]] = []  # by group: its rate, and what is in force
         self.write(float(optimizer.param_groups[0].get(_KEY, 1.0)))
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._multiply()),
+        self._around = [
+            optimizer.register_step_pre_hook(self._begin_update),
             optimizer.register_step_post_hook(lambda *_: self._return()),
+        ]
+        self._handles = [
+            *self._around,
             # A checkpoint that is made where a step raised must not hold the multiplied rate.
             optimizer.register_state_dict_pre_hook(lambda *_: self._return()),
         ]
@@ -59,6 +64,10 @@ class LearningRateKnob(KnobAdapter):
 
         @wraps(getattr(plain, "__func__", plain))
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            for handle, last in zip(self._around, (True, False), strict=True):
+                hooks = handle.hooks_dict_ref()  # whoever registered since stays outside
+                if hooks is not None and handle.id in hooks:
+                    hooks.move_to_end(handle.id, last=last)
             try:
                 return plain(*args, **kwargs)
             finally:
@@ -96,6 +105,7 @@ class LearningRateKnob(KnobAdapter):
         def update(value: float) -> Tensor:
             small, parameter = _small(self.optimizer)
             adapter = LearningRateKnob(small)
+            small.step()  # some read the rate in their first step alone
             adapter.write(value)
             small.step()
             return parameter.detach()
@@ -104,6 +114,28 @@ class LearningRateKnob(KnobAdapter):
             raise AttachError("moving it does not change the update")
         if not same(update(1.0), update(1.0)):
             raise AttachError("the optimizer's update is not reproducible")
+
+    def _begin_update(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before a step, whose closure, if any, is to see the rates as their owner has them."""
+        self._multiply()
+        own = args[1:]  # the first is the optimizer
+        if own and callable(own[0]):
+            args = (args[0], self._outside(own[0]), *own[1:])
+        elif callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": self._outside(kwargs["closure"])}
+        return args, kwargs
+
+    def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def called() -> Any:
+            self._return()
+            try:
+                return closure()
+            finally:
+                self._multiply()
+
+        return called
 
     def _multiply(self) -> None:
         self._return()  # where the step before raised, or this one is within another

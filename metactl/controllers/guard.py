@@ -79,6 +79,9 @@ class Guard(BaseController):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         newer = {name: to_json(getattr(self, name)) for name in ("_calm", "_worst", "_probed")}
+        good = np.asarray(state["_good"], dtype=np.float64)
+        if not ((good >= 0) & (good <= 1)).all():
+            raise ValueError(f"the last good positions must be in [0, 1], got {good.tolist()}")
         super().load_state_dict({**newer, **state})  # older states lack them
         self.controller.load_state_dict(state["controller"])
 
@@ -92,10 +95,9 @@ class Guard(BaseController):
         wanted = self._ask(observation)
         finite = np.asarray(np.isfinite(wanted).all(axis=1))
         actions = np.where(finite[:, None], np.clip(wanted, -1, 1), 0.0)
-        self._forget_other_losses(observation)
-        loss = self._judged(observation)
-        if diverged is not None:
-            loss = np.where(diverged, np.inf, loss)
+        bad = np.zeros(self.n_runs, dtype=bool) if diverged is None else diverged
+        self._forget_other_losses(observation, bad)
+        loss = np.where(bad, np.inf, self._judged(observation))
         recovers = (loss > self._best) & (loss < self._worst - self.band)
         self._best = np.where(recovers, loss, self._best)
         improved = np.isfinite(loss) & (loss <= self._best)
@@ -129,9 +131,13 @@ class Guard(BaseController):
         neither = np.where(np.isfinite(self._best), self._best + _NEITHER, 0.0)
         return np.where(loss <= -BOUND, neither, loss)
 
-    def _forget_other_losses(self, observation: np.ndarray) -> None:
-        """What was the best on the probe says nothing of training losses, nor the reverse."""
+    def _forget_other_losses(self, observation: np.ndarray, diverged: np.ndarray) -> None:
+        """What was the best on the probe says nothing of training losses, nor the reverse.
+
+        A probe whose loss is not finite is still there.
+        """
         probed = self.codec.read(observation, "has/probe_loss") > 0
+        probed = np.where(diverged, self._probed, probed)
         other = probed != self._probed
         self._best = np.where(other, np.inf, self._best)
         self._worst = np.where(other, -np.inf, self._worst)

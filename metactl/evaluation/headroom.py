@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from metactl.deployment import TEXT, without_text
 from metactl.evaluation.arms import Results, play_arms, static_arm, static_grid
 from metactl.evaluation.place import Counter, Where
 from metactl.evaluation.search import Search, best_schedule
@@ -30,7 +31,10 @@ def by_family(where: Where, families: Sequence[str]) -> dict[str, Where]:
     Raises:
         ConfigError: If one cannot be built: before any is played.
     """
-    places = {name: replace(where, options={**where.options, "task": name}) for name in families}
+    places = {}
+    for name in families:
+        options = where.options if name == TEXT else without_text(where.options)
+        places[name] = replace(where, options={**options, "task": name})
     for place in places.values():
         replace(place, n_envs=1, n_workers=0, folder=None).open().close()
     return places

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from metactl.config import STRICT, ConfigError, TrainConfig, dump, find_config, read_config
 from metactl.policy import Policy
-from metactl.rundir import resolve_data
+from metactl.rundir import resolve_data, resolve_data_of
 
 _LEAST_MEMBERS = 4
 _OWN = ("environment.shards", "environment.n_workers")  # of every trial: see `resources`
@@ -279,8 +279,7 @@ def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
     variants = read_config(TrainConfig, path, changes | here).environment.variants
     here["environment.n_workers"] = len(variants)
     config = read_config(TrainConfig, path, changes | here)
-    options = {"environment.options": resolve_data(config.environment.options)}
-    return read_config(TrainConfig, path, changes | here | options)
+    return read_config(TrainConfig, path, changes | here | resolve_data_of(config.environment))
 
 
 def resolved(trials: Sequence[Trial]) -> dict[str, Any]:

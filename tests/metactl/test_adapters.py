@@ -325,3 +325,52 @@ def test_knobs_that_are_no_list_are_refused_in_words():
     for wanted in ("dropout", 3):
         with pytest.raises(AttachError, match="knobs must be a list of names and adapters"):
             find_adapters(wanted, model, optimizer)
+
+
+def _multiplied(factor):
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    LearningRateKnob(optimizer).write(factor)
+    weight.grad = torch.ones(1)
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_closure_sees_and_sets_the_owners_rate(named):
+    weight, optimizer = _multiplied(4.0)
+    schedule, seen = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), []
+
+    def closure():
+        seen.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+        return 3.0
+
+    loss = optimizer.step(closure=closure) if named else optimizer.step(closure)
+    assert (loss, seen, optimizer.param_groups[0]["lr"]) == (3.0, [0.5], 0.25)
+    assert weight.item() == -4.0 * 0.25
+
+
+def test_a_rate_set_within_a_closure_is_multiplied():
+    weight, optimizer = _multiplied(2.0)
+    optimizer.step(lambda: optimizer.param_groups[0].update(lr=0.125))
+    assert (weight.item(), optimizer.param_groups[0]["lr"]) == (-0.25, 0.125)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_scheduler_in_a_hook_of_the_step_sees_the_owners_rate(first):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    knob = None if first else LearningRateKnob(optimizer)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    optimizer.register_step_pre_hook(lambda *_: schedule.step())
+    knob = knob or LearningRateKnob(optimizer)
+    knob.write(4.0)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5**6
+
+
+def test_an_optimizer_that_reads_its_rate_once_has_no_knob_of_it():
+    optimizer = torch.optim.Rprop([nn.Parameter(torch.zeros(1))])
+    with pytest.raises(AttachError, match="moving it does not change the update"):
+        LearningRateKnob(optimizer).verify()

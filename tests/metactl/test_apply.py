@@ -77,9 +77,24 @@ def test_text_that_a_policy_learned_on_in_any_variant_is_not_unseen(tmp_path):
     for file in (learned, other):
         file.write_text("text")
     recipe = policy.card.training["config"]
-    environment = {**recipe["environment"], "variants": [{}, {"data": str(learned.resolve())}]}
+    switched = tmp_path / "switched.txt"
+    switched.write_text("text")
+    variants = [{}, {"data": str(learned.resolve()), "other_data": str(switched.resolve())}]
+    environment = {**recipe["environment"], "variants": variants}
     environment["n_workers"] = 2
     training = {**policy.card.training, "config": {**recipe, "environment": environment}}
     policy = Policy(replace(policy.card, training=training), policy.weights)
-    splits = {file: deployment(policy, data=file)[1]["split"] for file in (learned, other)}
-    assert splits == {learned: "meta_test", other: "all"}
+    files = (learned, other, switched)
+    splits = {file: deployment(policy, data=file)[1]["split"] for file in files}
+    assert splits == {learned: "meta_test", other: "all", switched: "meta_test"}
+
+
+def test_a_family_that_makes_its_own_data_takes_no_text_of_the_training(tmp_path):
+    policy = Policy.load("default")
+    recipe = policy.card.training["config"]
+    options = {**recipe["environment"]["options"], "data": str(tmp_path)}
+    environment = {**recipe["environment"], "options": options}
+    training = {**policy.card.training, "config": {**recipe, "environment": environment}}
+    policy = Policy(replace(policy.card, training=training), policy.weights)
+    assert deployment(policy)[1]["data"] == str(tmp_path)
+    assert "data" not in deployment(policy, {"task": "recall"})[1]

@@ -233,13 +233,42 @@ def test_a_loss_that_was_never_finite_brings_the_knobs_to_their_defaults():
     assert all(d.values["dropout"] == pytest.approx(0.1) for d in run.decisions)
 
 
+class Told(Loop):
+    told = None
+
+    def probe(self):
+        return super().probe() if self.told is None else self.told
+
+
 def test_a_probe_that_is_not_finite_any_more_is_a_loss_out_of_its_band():
-    run = Loop(moving())
-    run.train(12)
-    run.controller._run._probe = lambda: float("nan")
+    run = Told(moving()).train(12)
+    run.told = float("nan")
     run.train(STEPS - 12)
     assert [d.vetoed for d in run.decisions[-2:]] == [True, True]
     assert "not finite" in run.decisions[-1].reason
+
+
+@pytest.mark.parametrize("spike", [9.0, float("inf")])
+def test_a_best_loss_is_remembered_past_a_probe_that_was_not_finite(spike):
+    run = Told(moving()).train(8)
+    for run.told in (spike, 9.0, 9.0):
+        run.train(STEPS // N)
+    assert [d.vetoed for d in run.decisions[-3:]] == [True, True, True]
+
+
+def test_a_probe_below_zero_is_refused_and_a_loss_that_falls_below_it_is_warned_of_once(caplog):
+    run = Told()
+    run.told = -1.0
+    with pytest.raises(AttachError, match="a loss above 0, such as nats per token, got -1"):
+        moving().attach(run.model, run.optimizer, total_steps=STEPS, probe=run.probe)
+    run = Told(moving()).train(8)
+    run.told = -1.0
+    with caplog.at_level(logging.WARNING):
+        run.train(STEPS - 8)
+    assert [r.message for r in caplog.records if "below 0" in r.message] == [
+        "metactl: a loss is below 0: controller and guard see nothing of such losses; give "
+        "one that is above 0, such as nats per token"
+    ]
 
 
 def test_a_knob_of_the_users_own_moves_and_a_dead_one_is_refused():

@@ -129,6 +129,8 @@ def test_numpys_whole_numbers_are_whole_numbers():
         {"total": float("inf")},
         {"total": 0},
         {"index": -1},
+        {"index": 10**9},
+        {"total": 10**400},
         {"knobs": None},
         {"positions": None},
         {"meter": []},
@@ -148,3 +150,39 @@ def test_a_schedule_of_other_knobs_is_refused():
     narrow = Schedule(np.array([0.0, 1.0]), np.array([[0.5], [0.5]]), 6)
     with pytest.raises(AttachError, match=r"one column of positions per knob, 3 of them, got"):
         Loop(Controller(narrow, n_control_steps=6))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"knobs": {"dropout": -5.0}}, r"dropout is -5, and here it may be 0 to 0\.6"),
+        ({"knobs": {"learning_rate_multiplier": 1e30}}, r"multiplier is 1e\+30, .* 0\.1 to 4"),
+        ({"meter": {"steps": -50}}, "it took -50 optimizer steps"),
+        ({"guard": {"_good": [[float("nan")] * 3]}}, r"positions must be in \[0, 1\], got \[\[nan"),
+    ],
+)
+def test_a_state_with_a_number_that_nobody_wrote_moves_nothing(damage, message):
+    state = Loop(moving()).train(6).controller.state_dict()
+    run = Loop(moving())
+    before = run.model.drop.p, run.optimizer.param_groups[0]["learning_rate_multiplier"]
+    damaged = {**state, **{name: {**state[name], **part} for name, part in damage.items()}}
+    with pytest.raises(AttachError, match=message):
+        run.controller.load_state_dict(damaged)
+    after = run.model.drop.p, run.optimizer.param_groups[0]["learning_rate_multiplier"]
+    assert after == before
+    run.controller.load_state_dict(state)
+
+
+def test_a_knob_that_does_not_take_a_value_is_left_where_it_was(caplog):
+    loop = Loop(moving(), knobs=["dropout", "learning_rate_multiplier"]).train(9)
+    (adapter,) = (a for a in loop.controller._run.adapters.values() if a.knob.name == "dropout")
+    before, written = loop.model.drop.p, []
+
+    def write(value):
+        written.append(value)
+        loop.model.drop.p = before if value == before else float("nan")
+
+    adapter.write = write
+    loop.train(15)
+    assert "read back nan" in caplog.text
+    assert loop.model.drop.p == before and len(written) == 2

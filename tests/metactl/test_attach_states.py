@@ -260,3 +260,23 @@ def test_a_strict_controller_puts_back_all_it_can_before_it_says_what_it_cannot(
         loop.controller.detach()
     assert loop.model.drop.p == 0.1
     assert not loop.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_state_from_where_a_range_was_another_goes_on_from_its_value():
+    def knob(high):
+        def own(value=0.0):
+            held["value"] = value
+
+        held = {"value": 0.5}
+        spec = Knob(name="own", low=0.0, high=high, default=0.5)
+        return FunctionKnob(spec, lambda: held["value"], own)
+
+    state = Loop(moving(), knobs=[knob(1.0)]).train(12).controller.state_dict()
+    wider = Loop(Controller(Static(), n_control_steps=N), knobs=[knob(2.0)])
+    guard = wider.controller.state_dict()["guard"]
+    wider.controller.load_state_dict({**state, "guard": guard})
+    value = state["knobs"]["own"]
+    assert value != 0.5
+    assert wider.controller.state_dict()["positions"]["own"] == pytest.approx(value / 2)
+    wider.train(12)
+    assert wider.decisions[-1].values["own"] == value

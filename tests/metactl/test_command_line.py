@@ -573,3 +573,28 @@ def test_check_is_not_deceived_by_one_array_nor_by_rows_that_are_ignored(restore
 def test_commands_that_are_proposed_can_be_pasted(capsys):
     cli._print_next(("tensorboard --logdir", Path("my runs/tb")))
     assert capsys.readouterr().out == "Next:\n  tensorboard --logdir 'my runs/tb'\n"
+
+
+def test_data_of_variants_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_bytes(TEXT)
+    variants = ("--set", "environment.variants=[{data: a.txt}, {data: b.txt}]")
+    run = ("--n-workers", 2, *variants)
+    assert metactl(*train_arguments("run", *run)) == 0
+    kept = Policy.load("run/policy").card.training["config"]["environment"]["variants"]
+    assert kept == [{"data": str(tmp_path / name)} for name in ("a.txt", "b.txt")]
+    missing = ("--set", "environment.variants=[{data: nowhere.txt}, {}]", "--n-workers", 2)
+    assert metactl(*train_arguments("other", *missing)) == 2
+
+
+def test_a_card_that_cannot_be_updated_is_refused_before_the_work(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("metactl.rundir.require_place", denied)
+    policy = shutil.copytree(trained / "policy", tmp_path / "policy")
+    words = refused(capsys, "evaluate", "--policy", policy, "--update-card")
+    assert "policy.json' cannot be written: Permission denied" in words

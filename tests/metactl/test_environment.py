@@ -409,3 +409,35 @@ def test_a_state_of_runs_on_other_data_is_refused(tmp_path):
     text.write_bytes(b"x" + b"abcdefgh" * 2_000)
     with pytest.raises(ValueError, match=r"the data that runs learn on has changed: its SHA-256"):
         population(2, data=str(text)).load_state_dict(state)
+
+
+def test_a_seed_that_is_none_is_none_of_the_others():
+    def starts(seeds):
+        env = toys(2)
+        env.reset(seed=seeds)
+        return env.loop.run_seeds.tolist()
+
+    assert starts([None, None]) != starts([None, None])
+    alone, given = starts([None, 0])
+    assert alone != given
+    assert given == starts([0, None])[0] == starts(0)[0]
+
+
+def test_the_random_numbers_of_a_population_are_those_of_its_seed():
+    one, other = toys(2), toys(2)
+    for env in (one, other):
+        env.reset(seed=5)
+    assert one.np_random.random() == other.np_random.random()
+    assert one.np_random_seed == 5
+
+
+def test_a_step_before_reset_is_refused():
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset comes before step"):
+        toys(2).step(np.zeros((2, 2), dtype=np.float32))
+
+
+def test_there_are_no_pictures_of_training_runs():
+    with pytest.raises(ValueError, match="render_mode must be None, got 'human'"):
+        single(render_mode="human")
+    with pytest.raises(ValueError, match="render_mode must be None, got 'human'"):
+        population(2, render_mode="human")

@@ -73,7 +73,7 @@ def test_a_checkpoint_from_within_a_step_that_raised_holds_the_owners_rate():
     knob.write(4.0)
 
     def closure():
-        assert optimizer.param_groups[0]["lr"] == 2.0
+        assert optimizer.param_groups[0]["lr"] == 0.5
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):

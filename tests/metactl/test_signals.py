@@ -259,3 +259,17 @@ def test_columns_that_hold_no_run_are_no_history(progress):
     history = History(1, 4)
     with pytest.raises(ValueError, match="a history needs at least 2 columns, got"):
         history.load_state_dict({"progress": progress})
+
+
+@pytest.mark.parametrize(
+    ("missing", "group", "masked"),
+    [
+        ("update_ratio_max", "update_ratio_median", ("update_ratio", "update_ratio_peak")),
+        ("n_parameters", "unique_tokens", ("data_pressure", "epochs")),
+        ("tokens_seen", "unique_tokens", ("data_pressure", "epochs")),
+    ],
+)
+def test_a_group_of_which_a_part_is_missing_counts_as_not_measured(missing, group, masked):
+    seen = observe(history({name: v for name, v in RECORD.items() if name != missing}))
+    assert CODEC.read(seen, f"has/{group}") == 0
+    assert [CODEC.read(seen, f"signal/{name}")[0] for name in masked] == [0, 0]

@@ -440,3 +440,27 @@ def test_a_figure_that_is_not_finite_stops_no_checkpoint(tmp_path):
         _, scalars = snapshot(model, shards, [1.0])
     kept = json.loads(json.dumps(scalars, allow_nan=False))
     assert np.isnan(float(kept["pending"]["train/explained_variance"]))
+
+
+def test_set_points_of_runs_that_there_are_not_are_refused_before_anything_is_learned(tmp_path):
+    options = {**TINY["environment"]["options"], "context": 4, "task": "waves"}
+    environment = {**TINY["environment"], "options": options, "n_workers": 1}
+    recipe = {**TINY, "environment": {**environment, "variants": [{"context": 16}]}}
+    with pytest.raises(ConfigError, match="set_point_runs=4 needs runs with the options alone"):
+        train(parse(TrainConfig, recipe, "test"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_variants_that_see_other_signals_are_refused_in_words():
+    options = {**TINY["environment"]["options"], "d_model": 16}
+    variants = [{"internal": True}, {}]
+    with pytest.raises(ValueError, match=r"the same signals, but not all have .*entropy"):
+        ShardRow(ID, 1, options, 2, variants)
+
+
+def test_a_board_that_cannot_be_written_says_where(tmp_path, monkeypatch):
+    board = Board(tmp_path / "tb")
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(board._writer, "flush", lambda: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*tb'"):
+        board.flush()

@@ -63,6 +63,13 @@ def test_sampling_follows_the_softmax_at_a_temperature():
     torch.testing.assert_close(share, wanted, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+def test_a_temperature_of_nearly_nothing_draws_the_likeliest_token(temperature):
+    logits = torch.tensor([40.0, 60.0, 50.0]).expand(1, 50, 3)
+    drawn = sample(logits, temperature, 1.0, torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == {1}
+
+
 @pytest.mark.parametrize("top_p, kept", [(0.4, 1), (0.5, 1), (0.7, 2), (0.95, 3)])
 def test_the_nucleus_holds_the_likeliest_tokens_up_to_its_share(top_p, kept):
     logits = torch.tensor([0.05, 0.5, 0.3, 0.15]).log().expand(1, 4000, 4)
