@@ -23,16 +23,6 @@ _TURNING = (
     "xpos",
     "scaling",
 )
-_LEARNED = (
-    "learn_frequencies",
-    "polar",
-    "learn_position_scale",
-    "learn_temperature",
-    "givens",
-    "orthogonal",
-    "conditional",
-    "bias",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +133,6 @@ class RotationConfig:
             )
         if self.n_rotations > 1 and self.givens is None:
             raise ValueError(f"rotation: n_rotations={self.n_rotations} needs givens")
-        if self.trained_context is not None and self.scaling is None and self.bias != "fire":
-            raise ValueError(
-                f"rotation: trained_context={self.trained_context} needs scaling or bias='fire'"
-            )
-        if self.share_layers and not any(getattr(self, name) for name in _LEARNED):
-            raise ValueError(
-                f"rotation: share_layers needs something learned, one of {', '.join(_LEARNED)}"
-            )
         if self.scaling is None and self.scaling_factor != RotationConfig.scaling_factor:
             raise ValueError(f"rotation: scaling_factor={self.scaling_factor:g} needs scaling")
 

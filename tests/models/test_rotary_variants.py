@@ -56,9 +56,6 @@ def test_each_name_is_a_variant_of_its_own():
         ("polar+value", "polar has one frequency per channel and value_rotation one per pair"),
         ({"n_rotations": 3}, "n_rotations=3 needs givens"),
         ({"scaling_factor": 8}, "scaling_factor=8 needs scaling"),
-        ({"trained_context": 3}, "trained_context=3 needs scaling or bias='fire'"),
-        ({"variant": "t5", "trained_context": 3}, "trained_context=3 needs scaling"),
-        ({"share_layers": True}, "share_layers needs something learned, one of learn_freq"),
         ({"variant": "free", "orthogonality_weight": float("inf")}, r"in \[0, 1e6\], got inf"),
         ({"rotary_share": 0.0}, r"rotary_share must be in \(0, 1\], got 0.0"),
         ({"bias": "t6"}, "bias must be one of None, t5, alibi, kerple, fire, got 't6'"),
@@ -84,7 +81,7 @@ def test_what_makes_no_sense_is_refused_in_words(rotation, message):
     [
         ("butterfly", {"d_model": 24, "n_heads": 4}, "power of 2, got 6"),
         ({"rotary_share": 0.1}, {"d_model": 32, "n_heads": 4}, "leaves no pair"),
-        ({"bias": "fire", "trained_context": 64}, {"context": 32}, "must be at most the context"),
+        ({"trained_context": 64}, {"context": 32}, "trained_context must be at most the context"),
         ("rope", {"d_model": 12, "n_heads": 4}, "even whole number"),
         ("ntk", {"d_model": 8, "n_heads": 4}, "one pair alone does not have; head_dim=2"),
     ],
