@@ -58,6 +58,7 @@ _UNSHOWN = "best static of the grid"  # the same as the best static, or above it
 _SETTINGS = ("default", "best static", "per-task best static")
 _PLACES = {
     "default": "Python, as in training",
+    "first": "Python, as in training",
     "english": "English prose",
     "cpp": "C++",
     "480": "twice as long (480 steps)",

@@ -1,9 +1,9 @@
 """How soon meta-training pays: policies from along the way, on the tasks of an evaluation.
 
     metactl sweep --config configs/sweep_default.yaml --run-dir runs/sweep_default
-    metactl evaluate ... --json docs/evaluation_default.json
+    metactl evaluate ... --json docs/evaluation_first.json
     python -m benchmarks.learning_curve --trainings runs/sweep_default/trials/* \
-        --evaluation docs/evaluation_default.json --json FILE --figure FILE
+        --evaluation docs/evaluation_first.json --json FILE --figure FILE
 
 The gap is that of the evaluation, between its best static setting and its best for each task, on
 the tasks that are played here: its first ones. Default knobs are played too and must end as they
