@@ -11,7 +11,7 @@ from metactl.rundir import resolve_data
 
 _TRAINING_ONLY = ("random_start", "freeze", "hide", "disturb", "reward_scale")
 _OURS = "envs"  # the package of our own environments
-OF_TEXT, TEXT = ("data", "other_data"), "text"  # options, and the family of tasks that has them
+_OF_TEXT, _TEXT = ("data", "other_data"), "text"  # options, and the family of tasks that has them
 _EVERYTHING = 1 << 40  # bytes; cut to what the data has
 
 
@@ -44,7 +44,7 @@ def deployment(
     if recipe is None:
         raise PolicyError("The policy's card does not say in which environment it was trained")
     trained = recipe.environment
-    if trained.id.partition(":")[0] != _OURS and trained.id != environment:
+    if not _is_ours(trained.id) and trained.id != environment:
         raise PolicyError(
             f"The policy was trained in {trained.id!r}, and a card may not choose which code runs "
             f"here; if you trust that module, name it: --environment {trained.id} (of a sweep, "
@@ -55,27 +55,32 @@ def deployment(
     if data is not None:
         resolved = resolve_data({"data": str(data)})["data"]
         places = (trained.options, *trained.variants)
-        seen = [place.get(name) for place in places for name in OF_TEXT]
+        seen = [place.get(name) for place in places for name in _OF_TEXT]
         if resolved not in seen:
             options["split"] = "all"
         options["data"] = resolved
         if whole:
             options["unique_bytes"] = [_EVERYTHING, _EVERYTHING]
     changed = {k: v for k, v in (changes or {}).items() if v is not None}
-    if changed.get("task", TEXT) != TEXT and data is None:
-        options = without_text(options)
+    if "task" in changed and data is None:
+        options = for_task(trained.id, options, changed["task"])
     return trained.id, options | resolve_data(changed)
 
 
-def without_text(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for families of tasks that make their own data."""
-    return {name: value for name, value in options.items() if name not in OF_TEXT}
+def for_task(environment: str, options: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Options of the runs of another family of tasks; of ours, all but text make their own data."""
+    makes_its_own = _is_ours(environment) and task != _TEXT
+    unwanted = _OF_TEXT if makes_its_own else ()
+    return {k: v for k, v in options.items() if k not in unwanted} | {"task": task}
 
 
 def flag_for(environment: str) -> str:
     """What a command needs to use a policy that was trained in an environment; ends in a space."""
-    ours = environment.partition(":")[0] == _OURS
-    return "" if ours else f"--environment {shlex.quote(environment)} "
+    return "" if _is_ours(environment) else f"--environment {shlex.quote(environment)} "
+
+
+def _is_ours(environment: str) -> bool:
+    return environment.partition(":")[0] == _OURS
 
 
 def kinds_of_runs(policy: Policy) -> list[dict[str, Any]]:

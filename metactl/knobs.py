@@ -50,7 +50,7 @@ class Knob:
         def refuse(what: str) -> None:
             raise ValueError(f"Knob {self.name!r}: {what}")
 
-        if not self.name.isprintable() or not self.name:
+        if not (isinstance(self.name, str) and self.name and self.name.isprintable()):
             refuse("a name must be of printable characters")
         if self.scale not in SCALES:
             refuse(unknown_name("scale", self.scale, SCALES))

@@ -25,7 +25,7 @@ from metactl.rundir import RunDirectoryError, versions
 from metactl.shards import ShardRow, default_workers
 from metactl.snapshot import n_shards_of, restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
-from metactl.worker import ProcessWorker, Worker
+from metactl.worker import ProcessWorker, ShardError, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,10 @@ def _require_healthy_runs(config: TrainConfig) -> None:
     if not (config.set_point_runs and environment.variants):
         return
     try:
-        one = replace(environment, n_envs=1, n_workers=0, variants=(), shards="processes")
-        build_shards(replace(config, environment=one), healthy=True).close()
-    except ValueError as error:
+        one = replace(config, environment=replace(environment, n_envs=1, variants=()))
+        away = environment.shards == "ray"  # where this machine may lack what runs need
+        build_shards(one, healthy=True, workers=int(away)).close()
+    except (ValueError, ShardError) as error:
         raise ConfigError(
             f"set_point_runs={config.set_point_runs} needs runs with the options alone, without "
             f"variants (0: no set-points): {error}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from metactl.deployment import TEXT, without_text
+from metactl.deployment import for_task
 from metactl.evaluation.arms import Results, play_arms, static_arm, static_grid
 from metactl.evaluation.place import Counter, Where
 from metactl.evaluation.search import Search, best_schedule
@@ -31,10 +31,10 @@ def by_family(where: Where, families: Sequence[str]) -> dict[str, Where]:
     Raises:
         ConfigError: If one cannot be built: before any is played.
     """
-    places = {}
-    for name in families:
-        options = where.options if name == TEXT else without_text(where.options)
-        places[name] = replace(where, options={**options, "task": name})
+    places = {
+        name: replace(where, options=for_task(where.env_id, where.options, name))
+        for name in families
+    }
     for place in places.values():
         replace(place, n_envs=1, n_workers=0, folder=None).open().close()
     return places

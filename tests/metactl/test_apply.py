@@ -13,7 +13,7 @@ from toy_plant import N_DECISIONS as N
 from toy_plant import TOY, ToyPlant
 
 from metactl.apply import apply_policy
-from metactl.deployment import deployment
+from metactl.deployment import deployment, flag_for, for_task
 from metactl.policy import Policy
 from metactl.shards import ShardRow
 
@@ -98,3 +98,16 @@ def test_a_family_that_makes_its_own_data_takes_no_text_of_the_training(tmp_path
     policy = Policy(replace(policy.card, training=training), policy.weights)
     assert deployment(policy)[1]["data"] == str(tmp_path)
     assert "data" not in deployment(policy, {"task": "recall"})[1]
+
+
+def test_only_our_own_families_are_known_to_make_their_data():
+    text = {"data": "a.txt", "other_data": "b.txt", "task": "text", "context": 16}
+    recall = for_task("envs:AdaptiveTransformer-v0", text, "recall")
+    assert recall == {"task": "recall", "context": 16}
+    assert for_task("envs:AdaptiveTransformer-v0", text, "text") == text
+    assert for_task("mine:Run-v0", text, "recall") == {**text, "task": "recall"}
+
+
+def test_a_command_for_somebody_elses_environment_names_it():
+    assert flag_for("envs:AdaptiveTransformer-v0") == ""
+    assert flag_for("my runs:Run-v0") == "--environment 'my runs:Run-v0' "

@@ -180,3 +180,9 @@ def test_positions_of_some_values_leave_the_other_knobs_at_their_defaults():
     values = knobs.values(knobs.positions({"dropout": np.array([0.0, 0.6])}, 2))
     assert values["dropout"].tolist() == [0.0, 0.6]
     assert values["base"].tolist() == [10_000.0, 10_000.0]
+
+
+@pytest.mark.parametrize("name", ["", "x\x1b[31m", "a\nb", 3])
+def test_a_name_that_cannot_be_printed_is_refused(name):
+    with pytest.raises(ValueError, match="a name must be of printable characters"):
+        Knob(name=name, low=0, high=1, default=0.5)
