@@ -52,6 +52,7 @@ _LABELS = {
     "best static by epochs": "best static setting by epochs of the data, chosen on these tasks",
     "policy from there": "the policy, begun at the best static of training tasks",
     "policy from the worst static": "the policy, begun at the worst static setting",
+    "policy without its guard": "the policy without its guard",
     "another run's all signals": "the policy, fed another run's signals",
 }
 _UNSHOWN = "best static of the grid"  # the same as the best static, or above it

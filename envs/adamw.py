@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from envs.graph import fused
+from envs.graph import OwnPrograms, as_it_is, fused
 from models import AdaptiveTransformer
 from models.width import active_along
 
@@ -30,7 +30,7 @@ class _Views:
     decayed: list[slice]
 
 
-class ReplicatedAdamW:
+class ReplicatedAdamW(OwnPrograms):
     """AdamW (arXiv 1711.05101) with a learning rate, a clip and an active mask per replica.
 
     All parameters of all replicas live in one buffer `[n_replicas, n_params]`; the model's
@@ -51,6 +51,8 @@ class ReplicatedAdamW:
     Where the model is capturable, or on a GPU, numbers on the device never decide what is computed.
     """
 
+    programs = ("_whole", "_views", "_update")
+
     def __init__(
         self,
         model: AdaptiveTransformer,
@@ -65,9 +67,7 @@ class ReplicatedAdamW:
         self._sizes = [p[0].numel() for p in self._parameters]
         n = model.n_replicas
         self._fused = fuse
-        self._update = fused(self._turn_all_into_step) if fuse else self._turn_all_into_step
         self.values = torch.cat([p.detach().reshape(n, -1) for p in self._parameters], dim=1)
-        self._point_parameters_at_values()
         self.moment1 = torch.zeros_like(self.values)
         self.moment2 = torch.zeros_like(self.values)
         self.gradient = torch.zeros_like(self.values)
@@ -79,19 +79,23 @@ class ReplicatedAdamW:
         self._levels = [levels[name] for name in names]
         self._level = torch.cat([level.flatten() for level in self._levels]).int()
         self._decays = [[slice(None)] if name in decayed else [] for name in names]
-        buffers = (self.values, self.moment1, self.moment2, self.gradient)
         stretches = _stretches(model)
         self._decayed = torch.zeros_like(self.values[:1])
         for stretch in stretches:
             self._decayed[:, stretch] = 1
-        self._whole = _Views(*buffers, [slice(None)] if fuse else stretches)
+        self._stretches = [slice(None)] if fuse else stretches
         self._sliced = model.sliced
         self._may_look = device.type == "cpu" and not model.knobs.capturable and not fuse
-        self._views: dict[int, list[_Views]] = {}
         # A rotation's parameters may be exactly 0: how far they move says nothing of their size.
         self._measured = [i for i, name in enumerate(names) if not name.startswith("rotation.")]
+        self.build_programs()
 
-    def _point_parameters_at_values(self) -> None:
+    def build_programs(self) -> None:
+        """Also makes the parameters, and what is stepped, views of the buffers."""
+        buffers = (self.values, self.moment1, self.moment2, self.gradient)
+        self._whole = _Views(*buffers, self._stretches)
+        self._views: dict[int, list[_Views]] = {}
+        self._update = (fused if self._fused else as_it_is)(self._turn_all_into_step)
         for p, part in zip(self._parameters, self.values.split(self._sizes, dim=1), strict=True):
             p.data = part.view(p.shape)
 

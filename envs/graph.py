@@ -57,6 +57,32 @@ class Graph:
                 tensor.copy_(before)
 
 
+class OwnPrograms:
+    """Has programs made of its own methods and tensors; so a copy makes its own, and shares none.
+
+    Attributes:
+        programs: Names of the attributes that `build_programs` sets, and no state has.
+    """
+
+    programs: tuple[str, ...] = ()
+
+    def build_programs(self) -> None:
+        """Sets the attributes anew, of what is there now."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.programs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.build_programs()
+
+
+def as_it_is(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """What is neither fused nor recorded."""
+    return compute
+
+
 def has_compiler() -> bool:
     """Whether the system has what `torch.compile` needs."""
     return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))

@@ -27,7 +27,16 @@ def make_vector_environment(
     max_episode_steps: int | None = None,
     **options: Any,
 ) -> TrainingRunVectorEnv:
-    """A population of adaptive transformers as a vector environment."""
+    """A population of adaptive transformers as a vector environment.
+
+    Raises:
+        ConfigError: For a bound of an episode's steps: an episode is a whole run.
+    """
+    if max_episode_steps is not None:
+        raise ConfigError(
+            f"max_episode_steps must be None, got {max_episode_steps}: an episode is a whole run, "
+            f"of n_control_steps"
+        )
     return TrainingRunVectorEnv(*_built(num_envs, options), render_mode=render_mode)
 
 

@@ -1,6 +1,6 @@
 """Adaptive transformers that learn: the `TrainingRun` behind `AdaptiveTransformer-v0`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from envs.adamw import ReplicatedAdamW
 from envs.budget import Budget
 from envs.disturbances import Disturbances
-from envs.graph import Graph, fused, matmul_precision
+from envs.graph import Graph, OwnPrograms, as_it_is, fused, matmul_precision
 from envs.knobs import OPTIMIZER_KNOBS
 from envs.memory import require_memory
 from envs.reader import Reader
@@ -45,7 +45,7 @@ def build_run(n_runs: int, options: Mapping[str, Any]) -> "AdaptiveTransformerRu
     return AdaptiveTransformerRun(config, n_runs)
 
 
-class AdaptiveTransformerRun(TrainingRun):
+class AdaptiveTransformerRun(OwnPrograms, TrainingRun):
     """N adaptive transformers trained together, each on its own task.
 
     Args:
@@ -54,6 +54,8 @@ class AdaptiveTransformerRun(TrainingRun):
         capturable: Whether that program is the same at every step, whatever the knobs are; where it
             is compiled or a CUDA graph, by default.
     """
+
+    programs = ("_starts", "_training_loss", "_step", "_measured_step", "_probe")
 
     def __init__(self, config: RunConfig, n_runs: int, *, capturable: bool | None = None) -> None:
         self.config, self.n_runs = config, n_runs
@@ -81,9 +83,13 @@ class AdaptiveTransformerRun(TrainingRun):
         self._step_cost = self._cost()  # in force; written to, never replaced
         self._budget = Budget(config.budget, self._full_cost(), self.device)
         self.draw_horizon(0)
-        fuse = fused if compiles else _as_it_is
+        self._recorded = graphs
+        self.build_programs()
+
+    def build_programs(self) -> None:
+        fuse = fused if self.config.compiles else as_it_is
         self._starts, self._training_loss = fuse(self._batch), fuse(self._loss_under_noise)
-        record = partial(Graph, state=tuple(self._state().values())) if graphs else _as_it_is
+        record = partial(Graph, state=tuple(self._state().values())) if self._recorded else as_it_is
         self._step = record(partial(self._optimizer_step, measure=False))
         self._measured_step = record(partial(self._optimizer_step, measure=True))
         self._probe = record(fuse(partial(self._losses, "probe")))
@@ -396,7 +402,3 @@ class AdaptiveTransformerRun(TrainingRun):
             prompt[None], n_tokens, temperature=0.8, top_p=0.95, generator=generator
         )
         return bytes(written[0, 0].tolist()).decode("utf-8", errors="replace")
-
-
-def _as_it_is(compute: Callable[..., Any]) -> Callable[..., Any]:
-    return compute

@@ -164,9 +164,13 @@ def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.B
     return observation, action
 
 
+class RenderModeError(TypeError, ValueError):
+    """A picture is asked for; Stable-Baselines3 goes on without one where this is a TypeError."""
+
+
 def _require_no_picture(render_mode: str | None) -> None:
     if render_mode is not None:
-        raise ValueError(
+        raise RenderModeError(
             f"render_mode must be None, got {render_mode!r}: TensorBoard shows training runs"
         )
 
@@ -214,6 +218,7 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.observation_space, self.action_space = _spaces(self.loop)
         self._seed: int | None = None
         self._episode = 0
+        self._over = True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -226,14 +231,18 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.loop.draw_horizon(horizon_seed(self._seed, self._episode))
         episode = self.loop.draw_episode(self._seed, self._episode)
         self._episode += 1
+        self._over = False
         return self.loop.reset([0], [episode])[0], {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self._over:
+            raise ResetNeeded("reset comes before step, and after a run that has ended")
         step = self.loop.step(np.asarray(action)[None])
+        self._over = bool(step.terminated[0])
         return (
             step.observation[0].copy(),
             float(step.reward[0]),
-            bool(step.terminated[0]),
+            self._over,
             False,
             {name: value[0].item() for name, value in _shown(step).items()},
         )

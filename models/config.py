@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +16,7 @@ from models.rotary.config import RotationConfig, parse_rotation
 from models.rotary.frequencies import useful_base
 
 LARGEST_BASE = 1e9
+_SHORTEST_RAMP = 0.1  # tokens; where it is steeper, rounding decides between executions
 FEED_FORWARDS = ("gelu", "swiglu")
 
 
@@ -65,10 +67,17 @@ class TransformerConfig:
                 f"d_model / n_heads must be an even whole number (rotations act on pairs), "
                 f"got d_model={self.d_model}, n_heads={self.n_heads}"
             )
-        if not 1 < self.rope_base <= LARGEST_BASE:
-            raise ValueError(f"rope_base must be in (1, {LARGEST_BASE:g}], got {self.rope_base}")
-        if self.span_ramp is not None and not 0 < self.span_ramp < math.inf:
-            raise ValueError(f"span_ramp must be above 0 tokens and finite, got {self.span_ramp}")
+        if not _is_number(self.rope_base) or not 1 < self.rope_base <= LARGEST_BASE:
+            raise ValueError(
+                f"rope_base must be a number in (1, {LARGEST_BASE:g}], got {self.rope_base!r}"
+            )
+        ramp = self.span_ramp
+        if ramp is not None and not (_is_number(ramp) and _SHORTEST_RAMP <= ramp < math.inf):
+            raise ValueError(
+                f"span_ramp must be finite and at least {_SHORTEST_RAMP} tokens, got {ramp!r}"
+            )
+        if isinstance(self.rotation, Mapping):  # nobody changes it afterwards
+            object.__setattr__(self, "rotation", deepcopy(dict(self.rotation)))
         self._check_width_levels()
         self.rotary.check_shape(self.head_dim, self.context)
         needed = useful_base(self.context)
@@ -80,8 +89,9 @@ class TransformerConfig:
             )
 
     def _check_width_levels(self) -> None:
-        if not isinstance(self.width_levels, tuple | list):
-            raise ValueError(f"width_levels must be a list of numbers, got {self.width_levels!r}")
+        levels = self.width_levels
+        if not isinstance(levels, tuple | list) or not all(_is_number(each) for each in levels):
+            raise ValueError(f"width_levels must be a list of numbers, got {levels!r}")
         object.__setattr__(self, "width_levels", tuple(self.width_levels))  # as JSON gives them
         levels = self.width_levels
         increasing = all(a < b for a, b in pairwise(levels))
@@ -171,6 +181,10 @@ class TransformerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(number: float) -> bool:

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from models.cache import KeyValueCache
+from models.rotary.pairs import at_least_float32
 
 
 @torch.no_grad()
 def generate(
     model: Callable[..., Tensor],
-    tokens: Int[Tensor, "replica batch seq"],
+    tokens: Integer[Tensor, "replica batch seq"],
     max_new_tokens: int,
     *,
     context: int,
@@ -64,6 +65,9 @@ def sample(
     generator: torch.Generator | None,
 ) -> Int[Tensor, "replica batch"]:
     """One token per sequence."""
+    logits = at_least_float32(logits)
+    if not bool(logits.isfinite().any(dim=-1).all()):
+        raise ValueError("The logits are not finite: there is nothing to sample from")
     if temperature == 0:
         return logits.argmax(dim=-1)
     below = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows upwards

@@ -102,6 +102,7 @@ class Knobs(nn.Module):
             0 if sliced else n, config.context, config.context, device=device, dtype=precise
         )
         self.register_buffer("span_bias", table, persistent=False)
+        self.register_load_state_dict_post_hook(Knobs.require_valid)
         self.refresh()
 
     def bounds(self, name: str) -> tuple[float, float]:
@@ -121,12 +122,12 @@ class Knobs(nn.Module):
 
     def assign(self, values: Mapping[str, Any], rows: Sequence[int] | None = None) -> None:
         """Sets values in place; see `AdaptiveTransformer.set_knobs`."""
-        index = self._index(rows)
+        index = self.index(rows)
         stored: dict[str, Tensor] = {}
         for name, value in values.items():  # on the CPU, and all before any is written
             self.bounds(name)  # refuses a name that is none
             try:
-                tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device="cpu")
+                tensor = torch.as_tensor(value, dtype=self.log_base.dtype, device="cpu").detach()
             except (TypeError, ValueError, RuntimeError):
                 raise ValueError(f"{name} must be numbers, got {value!r}") from None
             stored |= self._stored(name, self._per_row(name, tensor, len(index)), index)
@@ -138,7 +139,12 @@ class Knobs(nn.Module):
                 getattr(self, buffer)[brought(index, device)] = brought(value, device)
         self.refresh(set(values))
 
-    def _index(self, rows: Sequence[int] | None) -> Tensor:
+    def index(self, rows: Sequence[int] | None) -> Tensor:
+        """Replicas as indices; all by default.
+
+        Raises:
+            ValueError: For what is none of them.
+        """
         if rows is None:
             return torch.arange(self.n_replicas)
         chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
@@ -190,7 +196,9 @@ class Knobs(nn.Module):
         }
 
     def step_gates(self, rate: float) -> None:
-        """Moves the width gates by at most `rate` towards the levels asked for."""
+        """Moves the width gates by at most `rate`, above 0, towards the levels asked for."""
+        if not rate > 0:
+            raise ValueError(f"The rate of the gates must be above 0, got {rate}")
         if self.gates_moving:
             self.gates.copy_(stepped_gates(self.gates, self.width_level, rate))
             self.refresh({"embedding_width"})
@@ -208,7 +216,10 @@ class Knobs(nn.Module):
                 chosen[list(rows)] = True
             settled = stepped_gates(self.gates, self.width_level, 1.0)
             chosen = chosen.to(settled.device)[:, None]
-            self.gates.copy_(torch.where(chosen, settled, self.gates))
+            moved = torch.where(chosen, settled, self.gates)
+            if self.sliced:
+                _require_shared("embedding_width", moved.tolist())
+            self.gates.copy_(moved)
             self.refresh({"embedding_width"})
 
     def storage(self, knobs: Sequence[str] = KNOB_NAMES) -> dict[str, Tensor]:
@@ -218,6 +229,32 @@ class Knobs(nn.Module):
         names = [_BUFFERS.get(name, name) for name in knobs]
         names += ["gates"] if "embedding_width" in knobs else []
         return {name: getattr(self, name) for name in names}
+
+    def require_valid(self, *_: object) -> None:
+        """Refuses values that no knob takes, as a damaged file may hold them: after loading.
+
+        Raises:
+            ValueError: The message names the knob.
+        """
+        last = len(self.config.width_levels) - 1
+        for name in KNOB_NAMES:
+            low, high = self.bounds(name)
+            stored = getattr(self, _BUFFERS.get(name, name))
+            if name == "rope_base":
+                low, high = math.log(low), math.log(high) + 1e-3
+            elif name == "embedding_width":
+                low, high = 0, last
+            if not bool(((stored >= low) & (stored <= high)).all()):
+                raise ValueError(
+                    f"The loaded {_BUFFERS.get(name, name)} must be in [{low:g}, {high:g}], "
+                    f"got {stored.tolist()}"
+                )
+        gates = self.gates
+        if not bool(((gates >= 0) & (gates <= 1)).all() and (gates[:, 0] > 0).all()):
+            raise ValueError(
+                f"The loaded gates must be in [0, 1], the first of each replica above 0, "
+                f"got {gates.tolist()}"
+            )
 
     def keep_precision(self, values: Mapping[str, Tensor]) -> None:
         """Undoes a cast of the values to a type too coarse for them, but not a move."""

@@ -12,6 +12,7 @@ from models.config import TransformerConfig
 from models.internals import Watch
 from models.knobs import Knobs
 from models.rotary import LayerTurn, Rotary, RotaryPass, fold, layer_heads
+from models.rotary.pairs import at_least_float32
 
 _EPS = 1e-6
 
@@ -35,6 +36,33 @@ class Pass:
     batch: int
     cache: KeyValueCache | None
     watch: Watch | None = None
+
+
+def checked_tokens(tokens: Tensor, n_replicas: int, longest: int, vocab_size: int | None) -> Tensor:
+    """Token ids as int64, whatever whole numbers they come in.
+
+    Args:
+        tokens: `[replica, batch, seq]`.
+        n_replicas: Of the model.
+        longest: Most tokens of a sequence.
+        vocab_size: Size of the vocabulary that they must be of; `None` looks at none of them, which
+            on a GPU would wait.
+
+    Raises:
+        ValueError: For another shape, another type, or a token outside of the vocabulary.
+    """
+    fits = tokens.dim() == 3 and len(tokens) == n_replicas and tokens.numel() > 0
+    if not fits or tokens.shape[2] > longest:
+        wanted = f"[{n_replicas}, batch of 1 or more, 1 to {longest}]"
+        raise ValueError(f"tokens must have shape {wanted}, got {list(tokens.shape)}")
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise ValueError(f"tokens must be whole numbers, got {tokens.dtype}")
+    tokens = tokens.long()  # bytes would be taken for a mask
+    if vocab_size is not None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if not 0 <= low <= high < vocab_size:
+            raise ValueError(f"tokens must be in [0, {vocab_size - 1}], got {low} to {high}")
+    return tokens
 
 
 def embed(tokens: Tensor, table: Tensor, state: Pass) -> Tensor:
@@ -121,9 +149,12 @@ def _gated(weight: Tensor, gate: Tensor, state: Pass) -> Tensor:
 
 
 def normalise(x: Tensor, state: Pass) -> Tensor:
-    """RMS norm over the active channels; the gain is folded into the next weight."""
-    mean_square = x.square().sum(dim=-1, keepdim=True) * state.inverse_width
-    return x * torch.rsqrt(mean_square + _EPS)
+    """RMS norm over the active channels; the gain is folded into the next weight.
+
+    The squares are summed in float32 at least: float16 ends at 65504.
+    """
+    mean_square = at_least_float32(x).square().sum(dim=-1, keepdim=True) * state.inverse_width
+    return x * torch.rsqrt(mean_square + _EPS).to(x.dtype)
 
 
 def drop(x: Tensor, state: Pass) -> Tensor:

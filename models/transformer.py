@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from models import shrink
@@ -15,9 +15,10 @@ from models.generation import generate
 from models.initial import draw_weights
 from models.internals import Watch
 from models.knobs import Knobs
-from models.layers import Pass, attention, embed, feed_forward, normalise
+from models.layers import Pass, attention, checked_tokens, embed, feed_forward, normalise
 from models.noise import Noise, NoisePool, keep_mask
 from models.rotary import Rotary, fold
+from models.rotary.pairs import without_autocast
 
 
 class AdaptiveTransformer(nn.Module):
@@ -149,6 +150,7 @@ class AdaptiveTransformer(nn.Module):
         """Draws fresh parameters for some replicas, each by its own seed (`models.initial`)."""
         if len(rows) != len(seeds):
             raise ValueError(f"initialise needs a seed for each row, got {len(rows)}, {len(seeds)}")
+        self.knobs.index(rows)  # refuses what is no row
         own = dict(self._own_parameters())
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         fresh = draw_weights(own, self.config.n_layers, generators)
@@ -200,9 +202,10 @@ class AdaptiveTransformer(nn.Module):
                 f"depends on positions or tokens"
             )
         matrices = self.rotation.prepare(1, self.knobs.rotation_strength)
-        for layer in range(self.config.n_layers):
-            qkv = self.get_parameter(f"blocks.{layer}.qkv")
-            qkv.copy_(fold(qkv, matrices, layer, self.config.n_heads))
+        with without_autocast(self.embedding.device):
+            for layer in range(self.config.n_layers):
+                qkv = self.get_parameter(f"blocks.{layer}.qkv")
+                qkv.copy_(fold(qkv, matrices, layer, self.config.n_heads))
         self.config = shrink.folded_config(self.config)
         self.knobs.config = self.config
         kept, learns = self.rotation.state_dict(), dict(self.rotation.named_parameters())
@@ -242,6 +245,7 @@ class AdaptiveTransformer(nn.Module):
         for name, value in small.knobs.storage().items():
             value.copy_(knobs[name])
         small.train(self.training)
+        small.knobs.version = self.knobs.version  # a cache of before is not one of after
         for name, part in (*small.named_parameters(recurse=False), *small.named_children()):
             setattr(self, name, part)
         self.config = config
@@ -250,7 +254,7 @@ class AdaptiveTransformer(nn.Module):
 
     def generate(
         self,
-        tokens: Int[Tensor, "replica batch seq"],
+        tokens: Integer[Tensor, "replica batch seq"],
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
@@ -284,7 +288,7 @@ class AdaptiveTransformer(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "replica batch seq"],
+        tokens: Integer[Tensor, "replica batch seq"],
         noise: Noise | None = None,
         cache: KeyValueCache | None = None,
     ) -> Float[Tensor, "replica batch seq vocab"]:
@@ -296,7 +300,7 @@ class AdaptiveTransformer(nn.Module):
             cache: Of the tokens before; what is computed is added to it.
         """
         before = 0 if cache is None else cache.length
-        self._require_tokens(tokens, self.config.context - before)
+        tokens = self._checked(tokens, self.config.context - before)
         if cache is None:
             return self._logits(tokens, noise, None)
         if noise is not None:
@@ -312,24 +316,17 @@ class AdaptiveTransformer(nn.Module):
 
     @torch.no_grad()
     def internal_signals(
-        self, tokens: Int[Tensor, "replica batch seq"]
+        self, tokens: Integer[Tensor, "replica batch seq"]
     ) -> dict[str, Float[Tensor, " replica"]]:
         """What goes on inside while these tokens are read, by name; see `models.internals`."""
-        self._require_tokens(tokens, self.config.context)
+        tokens = self._checked(tokens, self.config.context)
         self._logits(tokens, None, None, watch := Watch())
         return watch.signals()
 
-    def _require_tokens(self, tokens: Tensor, longest: int) -> None:
-        if tokens.dim() != 3 or len(tokens) != self.n_replicas or tokens.shape[2] > longest:
-            wanted = f"[{self.n_replicas}, batch, at most {longest}]"
-            raise ValueError(f"tokens must have shape {wanted}, got {list(tokens.shape)}")
-        if tokens.device.type != "cpu" or self.knobs.capturable or torch.compiler.is_compiling():
-            return  # nobody waits for numbers there
-        last = self.config.vocab_size - 1
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= last:
-            raise ValueError(
-                f"tokens must be in [0, {last}], got {int(tokens.min())} to {int(tokens.max())}"
-            )
+    def _checked(self, tokens: Tensor, longest: int) -> Tensor:
+        unseen = self.knobs.capturable or torch.compiler.is_compiling()
+        n_tokens = None if unseen or tokens.device.type != "cpu" else self.config.vocab_size
+        return checked_tokens(tokens, self.n_replicas, longest, n_tokens)
 
     def _logits(
         self,
@@ -376,7 +373,7 @@ class AdaptiveTransformer(nn.Module):
             gate_model=channel[:, None, :],
             gate_heads=head_channels.repeat(1, 3)[:, None, :],
             gate_hidden=knobs.hidden_gates[:, None, :hidden].to(dtype),
-            inverse_width=1 / channel.square().sum(dim=1)[:, None, None],
+            inverse_width=1 / knobs.channel_gates[:, :d].square().sum(dim=1)[:, None, None],
             d_model=d,
             n_heads=heads,
             hidden=hidden,
@@ -395,6 +392,9 @@ class AdaptiveTransformer(nn.Module):
 
     def _keep_masks(self, n_tokens: int, noise: Noise, d: int) -> list[Tensor]:
         n_places = 1 + 2 * self.config.n_layers
+        sizes = [len(noise.seeds), len(noise.steps)]
+        if sizes != [self.n_replicas] * 2:
+            raise ValueError(f"noise needs {self.n_replicas} seeds and steps each, got {sizes}")
         raw = self.reserve_noise(n_tokens).read(noise, n_places).unflatten(2, (n_tokens, -1))
         masks = keep_mask(raw[..., :d], self.knobs.dropout, self.embedding.dtype)
         return list(reversed(masks.unbind(1)))

@@ -15,6 +15,8 @@ from metactl.knobs import Knob
 _KEY = "learning_rate_multiplier"
 _INITIAL = "initial_weight_decay"
 _OWN = (_KEY, _INITIAL)
+# What schedulers write into groups, which is no option of an optimizer.
+_SCHEDULED = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 _LEFT = "_metactl_factor"  # an optimizer's attribute: who keeps a factor in force
 
 
@@ -39,6 +41,10 @@ class LearningRateKnob(KnobAdapter):
     knob = Knob(name=_KEY, low=0.1, high=4.0, default=1.0, scale="log2", unit="factor")
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if any("lr" not in group for group in optimizer.param_groups):
+            raise AttachError(f"the groups of {type(optimizer).__name__} have no 'lr'")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise AttachError("LBFGS asks for the loss several times in a step")
         forgotten = optimizer.__dict__.pop(_LEFT, None)
         if forgotten is not None:
             forgotten.remove_hooks()
@@ -189,6 +195,7 @@ class WeightDecayKnob(KnobAdapter):
         self.knob = weight_decay_knob(default)
 
     def read(self) -> float:
+        self._take_in()
         return float(self.optimizer.param_groups[self._lead]["weight_decay"])
 
     def write(self, value: float) -> None:
@@ -209,10 +216,15 @@ class WeightDecayKnob(KnobAdapter):
             group.pop(_INITIAL, None)
 
     def _take_in(self) -> None:
-        """Also the groups that were added since."""
-        for group in self.optimizer.param_groups[len(self._first) :]:
+        """Also the groups that were added since; the knob is in force there, too."""
+        groups, known = self.optimizer.param_groups, len(self._first)
+        for group in groups[known:]:
+            new = _INITIAL not in group
             first = group.setdefault(_INITIAL, group.get("weight_decay", 0.0))
             self._first.append(first)
+            if known and new and first:
+                lead = groups[self._lead]["weight_decay"] / self._first[self._lead]
+                group["weight_decay"] = first * lead
 
     def verify(self) -> None:
         def update(value: float) -> Tensor:
@@ -228,7 +240,8 @@ def _small(optimizer: torch.optim.Optimizer, **changes: Any) -> tuple[Any, Tenso
     """An optimizer of the same kind over one parameter, about to take a step."""
     parameter = torch.nn.Parameter(torch.linspace(-2.0, 2.0, 8).reshape(2, 4))
     parameter.grad = torch.linspace(1.0, 3.0, 8).reshape(2, 4)
-    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", *_OWN)}
+    left_out = {"params", *_OWN, *(set(_SCHEDULED) - set(optimizer.defaults))}
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in left_out}
     # A warm-up begins at 0, where no update can differ; capturing needs a GPU.
     tame = {"lr": 1e-2, "capturable": False, "fused": None}
     options |= {name: value for name, value in tame.items() if name in options}
@@ -241,6 +254,5 @@ def _small(optimizer: torch.optim.Optimizer, **changes: Any) -> tuple[Any, Tenso
             given["lr"] = 1e-2
         return kind([{"params": [parameter], **options}], **given), parameter
     except Exception as error:
-        raise AttachError(
-            f"{type(optimizer).__name__} cannot be tried ({type(error).__name__}: {error})"
-        ) from error
+        reason = ": ".join(filter(None, (type(error).__name__, str(error))))
+        raise AttachError(f"{type(optimizer).__name__} cannot be tried ({reason})") from error

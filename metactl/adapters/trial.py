@@ -1,7 +1,7 @@
 """A forward pass on a fixed input that leaves no trace: how a knob's effect is seen."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,16 @@ from metactl.adapters.base import AttachError, unwrapped
 
 _SEED = 20
 _N_TOKENS = 16
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, flags
 
 
 @contextmanager
 def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> Iterator[None]:
-    """Within, nothing that is done shows afterwards: random states, modes and buffers return.
+    """Within, nothing that is done shows afterwards: random states, modes, buffers and what else
+    modules keep (a cached table's length, a generator of their own) return.
 
     Args:
-        model: Whose training flags and buffers are kept.
+        model: Whose training flags, buffers and attributes are kept.
         training: Mode of the model within; as it is by default.
     """
     modules = [] if model is None else list(model.modules())
@@ -28,6 +30,7 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
     plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in plain]
     values = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
+    kept = _Attributes(plain)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     cached = torch.is_autocast_cache_enabled()
@@ -51,10 +54,63 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
         for module, held in buffers:  # a forward pass may have put others in their places
             module._buffers.clear()
             module._buffers.update(held)
+        kept.put_back()
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+class _Attributes:
+    """What modules keep beside parameters and buffers: their tables, counters and generators.
+
+    Torch's own modules, whose wrappers set themselves up in their first pass, are left alone.
+
+    Args:
+        modules: Whose attributes are to be put back.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        foreign = [m for m in modules if type(m).__module__.partition(".")[0] != "torch"]
+        self._held = [(module, self._own(module)) for module in foreign]
+        self._insides = [
+            (value, inside)
+            for _, held in self._held
+            for value in held.values()
+            if (inside := self._copied(value)) is not None
+        ]
+
+    @staticmethod
+    def _own(module: nn.Module) -> dict[str, Any]:
+        return {name: v for name, v in vars(module).items() if name not in _OF_ANY_MODULE}
+
+    @staticmethod
+    def _copied(value: Any) -> Any:
+        """What is inside of a value that can change in place; `None` of others."""
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        if isinstance(value, torch.Generator):
+            return value.get_state()
+        return value.copy() if type(value) in (list, dict, set) else None
+
+    def put_back(self) -> None:
+        for module, held in self._held:
+            now = vars(module)
+            for name in self._own(module):
+                if name not in held:
+                    del now[name]
+            now.update(held)
+        for value, inside in self._insides:
+            if isinstance(value, Tensor):
+                if not torch.equal(value, inside):
+                    value.data.copy_(inside)
+            elif isinstance(value, torch.Generator):
+                value.set_state(inside)
+            elif isinstance(value, list):
+                value[:] = inside
+            else:
+                value.clear()
+                value.update(inside)
 
 
 def make_trial(model: nn.Module, example: Any = None) -> Callable[[bool], Tensor]:

@@ -199,6 +199,11 @@ def policy_arm(policy: Policy, positions: FloatArray) -> Arm:
     return Arm(name="policy", positions=positions, controllers=(_guarded(policy),))
 
 
+def unguarded_arm(policy: Policy, positions: FloatArray) -> Arm:
+    """The policy alone: what its guard adds, or takes."""
+    return Arm(name="policy without its guard", positions=positions, controllers=(Learned(policy),))
+
+
 def from_arm(policy: Policy, name: str, positions: FloatArray) -> Arm:
     """The policy where somebody has set the knobs before."""
     return replace(policy_arm(policy, positions), name=name)

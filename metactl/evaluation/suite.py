@@ -28,6 +28,7 @@ from metactl.evaluation.arms import (
     static_arm,
     static_grid,
     swapped_arms,
+    unguarded_arm,
     yoked_arm,
 )
 from metactl.evaluation.bandit import promising
@@ -67,7 +68,8 @@ class EvaluationPlan:
         seed: Of the tasks and runs.
         settings: Further static settings by knob name, in the grid and as arms of their own.
         rivals: Other policies, as arms of these names.
-        controls: Random moves, yoked runs, signals of another run: what tells feedback apart.
+        controls: Random moves, yoked runs, signals of another run, no guard: what tells feedback
+            apart.
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
         beforehand: Also choose static settings on as many tasks of meta-training, told what is
@@ -209,6 +211,7 @@ class _Movers:
         knobs = KnobSet(self.about["knobs"])
         arms = [policy_arm(self.policy, start), rule_arm(start), *more_rule_arms(knobs, start)]
         if self.plan.controls:
+            arms.append(unguarded_arm(self.policy, start))
             arms += further_rule_arms(knobs, start, self.about["n_control_steps"])
         return arms + [from_arm(rival, name, start) for name, rival in self.plan.rivals.items()]
 

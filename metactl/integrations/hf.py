@@ -5,6 +5,7 @@ The loss is read where the model returns it, in training mode; so the Trainer's
 """
 
 import logging
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class MetaControlCallback(TrainerCallback, ExportableState):
         if self.controller.mode == "off":  # as it was in the checkpoint
             self._saved = saved
             return
-        self._hook = model.register_forward_hook(self._note, with_kwargs=True)
+        self._hook = model.register_forward_hook(_Noting(self), with_kwargs=True)
 
     def _saved_in(self, state: TrainerState) -> dict[str, Any] | None:
         """The controller's state in the Trainer's checkpoint, where it was at work there."""
@@ -158,13 +159,32 @@ class MetaControlCallback(TrainerCallback, ExportableState):
             self._hook.remove()
         self._hook, self._losses = None, []
 
-    def _note(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def note(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Keeps a minibatch's loss; it is a share of the step's where the items were counted."""
         loss = output[0] if isinstance(output, tuple) and output else _named_loss(output)
         counts = isinstance(loss, Tensor) and loss.numel() == 1
         if counts and model.training and torch.is_grad_enabled():
             self._scaled = kwargs.get("num_items_in_batch") is not None
             self._losses.append(loss.detach().mean())
+
+
+class _Noting:
+    """Tells a callback of a model's outputs; a copy of the model, such as an average, of none.
+
+    Args:
+        callback: Told; it is kept alive by its Trainer.
+    """
+
+    def __init__(self, callback: MetaControlCallback | None) -> None:
+        self._callback = None if callback is None else weakref.ref(callback)
+
+    def __call__(self, *args: Any) -> None:
+        callback = None if self._callback is None else self._callback()
+        if callback is not None:
+            callback.note(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Noting, (None,)
 
 
 def _named_loss(output: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from models.rotary.bias import BIASES
-from models.rotary.frequencies import SCALINGS
+from models.rotary.frequencies import SCALINGS, xpos_reach
 from models.rotary.givens import SCHEDULES, partners
 from models.rotary.orthogonal import PARAMETRISATIONS
 
@@ -97,13 +97,14 @@ class RotationConfig:
         self._check_combination()
 
     def _check_ranges(self) -> None:
+        trained = self.trained_context
         for name, fits, wanted in (
             ("rotary_share", 0 < self.rotary_share <= 1, "in (0, 1]"),
             ("n_rotations", self.n_rotations >= 1, "at least 1"),
             ("orthogonality_weight", 0 <= self.orthogonality_weight <= 1e6, "in [0, 1e6]"),
-            ("scaling_factor", 1 <= self.scaling_factor < math.inf, "at least 1 and finite"),
-            ("base_factors", _all_positive(self.base_factors), "one or more finite and above 0"),
-            ("trained_context", (self.trained_context or 1) >= 1, "at least 1 token"),
+            ("scaling_factor", 1 <= self.scaling_factor <= 1e6, "in [1, 1e6]"),
+            ("base_factors", _factors(self.base_factors), "one or more in [1e-9, 1e9]"),
+            ("trained_context", trained is None or trained >= 1, "at least 1 token"),
         ):
             if not fits:
                 raise ValueError(f"rotation: {name} must be {wanted}, got {getattr(self, name)}")
@@ -151,10 +152,16 @@ class RotationConfig:
             raise ValueError(
                 f"rotation: rotary_share={self.rotary_share} of head_dim={head_dim} leaves no pair"
             )
-        if self.scaling in ("ntk", "dynamic") and self.rotary_channels(head_dim) == 2:
+        frequencies = self.rotary_channels(head_dim) * (2 if self.polar else 1) // 2
+        if self.scaling in ("ntk", "dynamic") and frequencies == 1:
             raise ValueError(
                 f"rotation: scaling={self.scaling!r} raises a base that one pair alone does not "
                 f"have; head_dim={head_dim} leaves one"
+            )
+        if self.xpos and context > xpos_reach():
+            raise ValueError(
+                f"rotation: xpos reaches over at most {xpos_reach()} tokens (its magnitudes grow "
+                f"with the context), got context={context}"
             )
         if self.trained_context is not None and self.trained_context > context:
             raise ValueError(
@@ -225,8 +232,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _all_positive(numbers: tuple[float, ...]) -> bool:
-    return bool(numbers) and all(0 < each < math.inf for each in numbers)
+def _factors(numbers: tuple[float, ...]) -> bool:
+    return bool(numbers) and all(1e-9 <= each <= 1e9 for each in numbers)
 
 
 def rotation_names() -> list[str]:
@@ -255,7 +262,7 @@ def parse_rotation(rotation: "str | Mapping[str, Any] | RotationConfig") -> Rota
     chosen = _combined(str(own.pop("variant", "rope")))
     for name in own:
         if name not in known:
-            raise ValueError(_unknown("rotation field", name, [*known, "variant"]))
+            raise ValueError(_unknown("rotation field", str(name), [*known, "variant"]))
         own[name] = _as_declared(name, own[name])
     return RotationConfig(**{**chosen, **own})
 

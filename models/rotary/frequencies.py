@@ -9,6 +9,7 @@ from torch import Tensor
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
 _YARN_FAST, _YARN_SLOW = 32.0, 1.0  # turns within the trained context: kept; slowed down
 _XPOS_OFFSET, _XPOS_LENGTH = 0.4, 512.0  # the paper's gamma, and tokens per factor
+_XPOS_LARGEST = 1e30  # gain that float32 holds, with room for what it multiplies
 
 
 def useful_base(context: int) -> float:
@@ -83,8 +84,15 @@ def yarn_temperature(factor: float) -> float:
 def xpos_gain(positions: Float[Tensor, " seq"], n_pairs: int) -> Float[Tensor, "seq pair"]:
     """Magnitude of queries at each position; keys take the inverse (xPos, arXiv 2212.10554).
 
-    Far keys lose weight, the fast pairs' share most.
+    Far keys lose weight, the fast pairs' share most. Positions count from the middle of the
+    context, where the gains of both reach furthest.
     """
     pair = torch.arange(n_pairs, device=positions.device, dtype=positions.dtype)
     decay = (pair / n_pairs + _XPOS_OFFSET) / (1 + _XPOS_OFFSET)
     return decay ** (positions[:, None] / _XPOS_LENGTH)
+
+
+def xpos_reach() -> int:
+    """Longest context, in tokens, whose gains float32 holds."""
+    per_token = math.log((1 + _XPOS_OFFSET) / _XPOS_OFFSET) / _XPOS_LENGTH
+    return int(2 * math.log(_XPOS_LARGEST) / per_token)

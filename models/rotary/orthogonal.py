@@ -76,10 +76,12 @@ def _scaled_and_squared(a: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*b
 def householder(weight: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
     """H_1 ... H_dim with H_k = I - 2 v_k v_k^T / |v_k|^2, v_k the columns of the weight.
 
-    By the compact form I - V T V^T, T^-1 = striu(V^T V) + diag(V^T V) / 2 (Joffrain et al. 2006).
+    By the compact form I - V T V^T, T^-1 = striu(V^T V) + diag(V^T V) / 2 (Joffrain et al. 2006);
+    where v_k is 0, H_k is the identity.
     """
     gram = weight.transpose(-2, -1) @ weight
-    inverse = gram.triu() - 0.5 * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    inverse = gram.triu() - torch.diag_embed(0.5 * squares - (squares == 0).to(squares))
     solved = torch.linalg.solve_triangular(inverse, weight.transpose(-2, -1), upper=True)
     eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
     return eye - weight @ solved
@@ -120,8 +122,9 @@ def orthogonality_defect(
 class OrthogonalMatrix(Component):
     """A learned matrix R per head, a random orthogonal matrix at the start.
 
-    Uniformly distributed but for `"cayley"`, which starts from a random skew-symmetric matrix:
-    uniform rotations have eigenvalues near -1, where the transform is badly conditioned.
+    Uniformly distributed but for `"cayley"`, which starts from a random skew-symmetric matrix
+    (uniform rotations have eigenvalues near -1, where the transform is badly conditioned), and for
+    `"householder"`, a product of random reflections, which is nearer to the identity.
 
     Args:
         shape: Sizes.

@@ -3,6 +3,8 @@
 Position m turns the pair (x0, x1) counter-clockwise by its angle: (x0 + i x1) * exp(i * angle).
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
@@ -10,6 +12,13 @@ from torch import Tensor
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where products of matrices keep the type of their factors, whatever is around."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def as_pairs(x: Float[Tensor, "*batch channel"]) -> Complex[Tensor, "*batch pair"]:

@@ -13,7 +13,7 @@ from models.rotary.config import RotationConfig
 from models.rotary.frequencies import scaled_frequencies, xpos_gain, yarn_temperature
 from models.rotary.givens import GivensRotations
 from models.rotary.orthogonal import OrthogonalMatrix, orthogonality_defect
-from models.rotary.pairs import at_least_float32
+from models.rotary.pairs import at_least_float32, without_autocast
 from models.rotary.turning import RotaryPass
 
 
@@ -151,7 +151,8 @@ class Rotary(nn.Module):
             turn = torch.view_as_complex(self.table)[:, :, offset:seq]
         elif self.config.positions == "rope":
             turn = self._turn(positions)[:, :, offset:]
-        query, key = self._matrices(strength)
+        with without_autocast(self.table.device):  # what is orthogonal stays so
+            query, key = self._matrices(strength)
         by_distance = bias = None
         if self.relative is not None:
             precise = positions.to(self._log_base)
@@ -183,7 +184,7 @@ class Rotary(nn.Module):
         if self.config.xpos:
             turning = self.config.rotary_channels(self.shape.head_dim) // 2
             turning *= self.n_pairs // (self.shape.head_dim // 2)
-            query = xpos_gain(positions, turning)
+            query = xpos_gain(positions - self.shape.context // 2, turning)
             query = F.pad(query, (0, self.n_pairs - turning), value=1.0)
             gain = torch.stack((query, 1 / query), dim=1)[None, None, :, :, None]
         if self.config.scaling == "yarn":
@@ -237,5 +238,6 @@ class Rotary(nn.Module):
         """
         if self.orthogonal is None or self.orthogonal.parametrisation != "free":
             return torch.zeros_like(self._position_scale)
-        defect = orthogonality_defect(self.orthogonal()).mean(1)
+        with without_autocast(self.table.device):
+            defect = orthogonality_defect(self.orthogonal()).mean(1)
         return (defect * gate).sum(1) / gate.sum(1)

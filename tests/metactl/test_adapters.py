@@ -9,12 +9,80 @@ import transformers
 from families import FAMILIES, GROUPED, WITH_ROPE, build, output
 from torch import nn
 
-from metactl import AttachError, FunctionKnob, Knob
+from metactl import AttachError, Controller, FunctionKnob, Knob
 from metactl.adapters import find_adapters
 from metactl.adapters.dropout import DropoutKnob
-from metactl.adapters.optimizer import LearningRateKnob
+from metactl.adapters.optimizer import LearningRateKnob, WeightDecayKnob
 from metactl.adapters.rope import RopeBaseKnob
 from metactl.adapters.trial import make_trial, sealed
+from metactl.controllers import Static
+
+
+class Caching(nn.Module):
+    """Remembers tables as libraries do: how long, in an attribute; what, in a buffer or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.register_buffer("table", torch.zeros(0, 8), persistent=False)
+        self.length, self.plain, self.seen = 0, torch.zeros(0, 8), []
+        self.counter, self.noise = torch.zeros(1), torch.Generator().manual_seed(3)
+
+    def forward(self, tokens):
+        n = tokens.shape[1]
+        if n > self.length:
+            angle = torch.arange(n)[:, None] / torch.arange(1, 9)
+            self.table, self.plain, self.length = angle.sin(), angle.cos(), n
+        self.counter += 1
+        self.seen.append(n)
+        self.latest = tokens
+        x = self.embed(tokens) + self.table[:n] * self.plain[:n]
+        return x + 0.1 * torch.randn(x.shape, generator=self.noise)
+
+
+def test_what_modules_remember_by_themselves_is_as_it_was_after_a_trial():
+    model, other = Caching(), Caching()
+    other.load_state_dict(model.state_dict())
+    tokens = torch.arange(6)[None]
+    with sealed(model, training=False):
+        model(torch.arange(9)[None])
+    assert (model.length, model.counter.item(), model.seen) == (0, 0, [])
+    assert not hasattr(model, "latest")
+    assert torch.equal(model(tokens), other(tokens))  # with the same noise of its own
+    with sealed(model):
+        model(torch.arange(9)[None])
+    assert (model.length, model.counter.item(), model.seen) == (6, 1, [6])
+    assert torch.equal(model(tokens), other(tokens))
+
+
+def test_a_shadow_leaves_rotary_embedding_torch_its_cache():
+    from rotary_embedding_torch import RotaryEmbedding
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rotary = nn.Embedding(11, 16), RotaryEmbedding(dim=8)
+            self.drop, self.out = nn.Dropout(0.1), nn.Linear(16, 11)
+
+        def forward(self, tokens):
+            x = self.embed(tokens).unflatten(-1, (2, 8)).transpose(1, 2)
+            q = self.rotary.rotate_queries_or_keys(x)
+            y = nn.functional.scaled_dot_product_attention(q, q, x, is_causal=True)
+            return self.out(self.drop(y.transpose(1, 2).flatten(2)))
+
+    torch.manual_seed(0)
+    model = Attention()
+    alone, tokens = copy.deepcopy(model), torch.arange(8)[None]
+    optimizer = torch.optim.AdamW(model.parameters())
+    controller = Controller(Static())
+    controller.attach(
+        model,
+        optimizer,
+        total_steps=80,
+        mode="shadow",
+        probe=lambda: model(torch.arange(10)[None]).square().mean() + 1,
+    )
+    assert torch.equal(model.eval()(tokens), alone.eval()(tokens))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -374,3 +442,50 @@ def test_an_optimizer_that_reads_its_rate_once_has_no_knob_of_it():
     optimizer = torch.optim.Rprop([nn.Parameter(torch.zeros(1))])
     with pytest.raises(AttachError, match="moving it does not change the update"):
         LearningRateKnob(optimizer).verify()
+
+
+class Exact(torch.optim.Optimizer):
+    """Takes its groups' keys and no other, as Muon with auxiliary Adam does."""
+
+    def __init__(self, params):
+        groups = [dict(group) for group in params]
+        for group in groups:
+            group.setdefault("lr", 0.02)
+            assert set(group) <= {"params", "lr", "weight_decay"}
+        super().__init__(groups, {"weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+def test_what_a_schedule_writes_into_groups_is_no_option_of_the_optimizer():
+    model = nn.Linear(4, 4)
+    optimizer = Exact([{"params": list(model.parameters()), "weight_decay": 0.1}])
+    torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    (adapter,), missing = find_adapters(["learning_rate_multiplier"], model, optimizer)
+    assert missing == {} and adapter.read() == 1.0
+
+
+def test_optimizers_without_a_rate_or_with_many_losses_say_so():
+    parameters = list(nn.Linear(4, 4).parameters())
+    odd = torch.optim.SGD(parameters, lr=0.1)
+    del odd.param_groups[0]["lr"]
+    with pytest.raises(AttachError, match="the groups of SGD have no 'lr'"):
+        LearningRateKnob(odd)
+    with pytest.raises(AttachError, match="LBFGS asks for the loss several times in a step"):
+        LearningRateKnob(torch.optim.LBFGS(parameters))
+
+
+def test_a_group_that_comes_later_has_the_weight_decay_in_force():
+    one, two = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(one.parameters(), weight_decay=0.1)
+    knob = WeightDecayKnob(optimizer)
+    knob.write(0.4)
+    optimizer.add_param_group({"params": list(two.parameters()), "weight_decay": 0.05})
+    assert knob.read() == pytest.approx(0.4)
+    assert optimizer.param_groups[1]["weight_decay"] == pytest.approx(0.2)
+    knob.restore()
+    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([0.1, 0.05])

@@ -155,6 +155,7 @@ def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path
     arms |= {"responsive rule, no smoothing", "window warm-up (span)"}
     arms |= {f"rival {twin}", "best static of training tasks", "the same, told the task"}
     arms |= {"policy from there", "policy from the worst static"}  # beforehand
+    arms |= {"policy without its guard"}
     assert summary["grid_points"] == 4
     assert set(summary["arms"]) == arms
     for arm in arms - {"policy"}:
@@ -197,12 +198,13 @@ def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
     rules |= {"window warm-up (span)"}
     there = summary["begun_at_best_static"]["arms"]
     moving = rules | {"policy", "replay", "yoked", "random moves", "PBT, best of 8"}
+    moving |= {"policy without its guard"}
     moving |= {"PB2, best of 8", "best schedule", "schedule told the task"}
     assert set(there) == moving | {"best static of training tasks"}
     assert there["policy"]["final_test"] != arms["policy"]["final_test"]
     disturbed = summary["disturbed"]
     blind = {"best static", "replay", "yoked", "best schedule", "schedule told the task"}
-    assert set(disturbed["arms"]) == rules | blind | {"policy"}
+    assert set(disturbed["arms"]) == rules | blind | {"policy", "policy without its guard"}
     for figures in disturbed["arms"].values():
         assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
         assert figures["excess_loss_area"] != 0

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 
 import gymnasium
@@ -441,3 +442,51 @@ def test_there_are_no_pictures_of_training_runs():
         single(render_mode="human")
     with pytest.raises(ValueError, match="render_mode must be None, got 'human'"):
         population(2, render_mode="human")
+
+
+def test_stable_baselines3_makes_the_environment_by_its_id():
+    from stable_baselines3.common.env_util import make_vec_env
+
+    env = make_vec_env(ID, n_envs=1, seed=0, env_kwargs=SHORT)  # asks for pictures at first
+    assert env.reset().shape == (1, *single().observation_space.shape)
+    env.close()
+
+
+def test_an_episode_is_a_whole_run_and_not_cut_short():
+    with pytest.raises(ValueError, match="max_episode_steps must be None, got 3"):
+        population(2, max_episode_steps=3)
+
+
+def test_a_single_environment_does_not_step_before_reset_nor_after_the_end():
+    env = single(**SHORT)
+    with pytest.raises(gymnasium.error.ResetNeeded, match="reset comes before step"):
+        env.step(env.action_space.sample())
+    env.reset(seed=0)
+    ended = [env.step(np.zeros(4, dtype=np.float32))[2] for _ in range(6)]
+    assert ended == [False] * 5 + [True]
+    with pytest.raises(gymnasium.error.ResetNeeded, match="after a run that has ended"):
+        env.step(np.zeros(4, dtype=np.float32))
+
+
+@pytest.mark.parametrize("programs", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_in_mid_run_goes_on_as_the_original_and_apart_from_it(how, programs, monkeypatch):
+    def losses(env, moves):
+        return [env.step(move)[4]["train_loss"] for move in moves]
+
+    def closed_over(compute):  # as a compiled program is
+        return lambda *arguments: compute(*arguments)
+
+    for module in ("envs.transformer_run", "envs.adamw"):
+        monkeypatch.setattr(f"{module}.fused", closed_over)
+    env = single(**SHORT, compile=programs)
+    moves = actions(6, 4)
+    env.reset(seed=0)
+    losses(env, moves[:2])
+    twin = copy.deepcopy(env) if how == "deepcopy" else pickle.loads(pickle.dumps(env))
+    ahead = losses(twin, moves[2:])
+    assert ahead == losses(env, moves[2:])
+    assert len(set(ahead)) == 4  # it learns
+    env.reset(seed=1)
+    twin.reset(seed=1)
+    assert losses(twin, moves[:2]) == losses(env, moves[:2])

@@ -1,5 +1,7 @@
 """The callback in real Hugging Face Trainers on small random models."""
 
+import copy
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.tensorboard import SummaryWriter
 
 from metactl import AttachError, Controller
 from metactl.controllers import RandomMoves
@@ -345,3 +348,20 @@ def test_a_model_that_the_trainer_compiles_gets_a_few_levels_of_dropout(tmp_path
     train(tmp_path, callback=callback, eval_strategy="no", **compiled)
     seen = {value for _, value in series(logged, "knob/dropout")}
     assert len(seen) > 1 and seen <= {0.0, 0.15, 0.3}
+
+
+def test_a_controlled_model_may_be_copied_while_it_trains(tmp_path):
+    class Average(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+
+    average, writer = Average(), SummaryWriter(tmp_path / "tb")
+    callback = MetaControlCallback(Controller(RandomMoves(1), n_control_steps=N), log=writer)
+    trainer, _ = train(tmp_path / "run", callback=callback)
+    trainer.add_callback(average)
+    trainer.train()
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        wanted = trainer.model.eval()(tokens).logits
+        assert torch.equal(average.copied.eval()(tokens).logits, wanted)
+    assert not callback._losses  # the copy told it nothing

@@ -91,6 +91,14 @@ def test_numbers_out_of_range_are_refused(arguments, message):
         build().generate(prompt(), **{"max_new_tokens": 3, **arguments})
 
 
+def test_a_model_that_diverged_is_not_sampled_from():
+    model = build()
+    with torch.no_grad():
+        model.unembedding.fill_(float("nan"))
+    with pytest.raises(ValueError, match="The logits are not finite"):
+        model.generate(prompt(), 3)
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         build().generate(prompt(seq=4)[:, :, :0], 3)
@@ -101,7 +109,7 @@ def test_a_full_cache_and_dropout_noise_are_refused():
 
     model, cache = build(), KeyValueCache()
     model(prompt(seq=10), cache=cache)
-    with pytest.raises(ValueError, match="at most 2"):
+    with pytest.raises(ValueError, match="1 to 2"):
         model(prompt(seq=3), cache=cache)
     noise = Noise(torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="noise is for training"):

@@ -318,6 +318,29 @@ def test_folded_rotations_give_the_same_logits_without_their_parameters(rotation
     assert torch.equal(again(tokens()), model(tokens()))
 
 
+@pytest.mark.parametrize("rotation", NAMES)
+def test_under_autocast_every_variant_runs_and_what_is_orthogonal_stays_so(rotation):
+    model = build(rotation, dtype=torch.float32)
+    exact = model(tokens()).detach()
+    matrices = model.rotation.prepare(CONTEXT, torch.ones(2)).query_matrix
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, tokens()).sum().backward()
+        coarse = model.rotation.prepare(CONTEXT, torch.ones(2)).query_matrix
+        assert (model(tokens()) - exact).abs().max() < 0.1
+    if matrices is not None:
+        assert torch.equal(coarse, matrices)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rotation", FOLDABLE)
+def test_folding_under_autocast_keeps_full_precision(rotation):
+    model = build(rotation, dtype=torch.float32)
+    wanted = model(tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        model.fold_rotations_()
+    torch.testing.assert_close(model(tokens()), wanted, atol=1e-5, rtol=0)
+
+
 def test_folding_keeps_what_is_frozen_frozen():
     model = build("givens+t5").requires_grad_(False).eval().fold_rotations_()
     assert not any(parameter.requires_grad for parameter in model.parameters())

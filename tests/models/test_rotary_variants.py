@@ -8,7 +8,15 @@ import torch
 from envs.adamw import ReplicatedAdamW
 from models import AdaptiveTransformer, TransformerConfig
 from models.loss import cross_entropy
-from models.rotary import VARIANTS, RotationConfig, parse_rotation, rotation_names, useful_base
+from models.rotary import (
+    VARIANTS,
+    Rotary,
+    RotationConfig,
+    Shape,
+    parse_rotation,
+    rotation_names,
+    useful_base,
+)
 
 # Names and combinations -----------------------------------------------------------------------
 
@@ -49,9 +57,20 @@ def test_each_name_is_a_variant_of_its_own():
         ("nope+head_bases", "base_per changes how positions turn"),
         ("nope+value", "without conditional angles nothing turns"),
         ({"variant": "cayley", "orthogonality_weight": 1.0}, "needs orthogonal='free'"),
-        ({"base_factors": [1.0, float("inf")]}, "base_factors must be one or more finite"),
-        ({"base_factors": [1.0, float("nan")]}, "base_factors must be one or more finite"),
-        ({"scaling": "yarn", "scaling_factor": float("inf")}, "scaling_factor must be at least 1"),
+        (
+            {"base_factors": [1.0, float("inf")]},
+            "base_factors must be one or more in",
+        ),
+        (
+            {"base_factors": [1.0, float("nan")]},
+            "base_factors must be one or more in",
+        ),
+        (
+            {"scaling": "yarn", "scaling_factor": float("inf")},
+            r"scaling_factor must be in \[1, 1e6\]",
+        ),
+        ({"base_factors": [1e39]}, "base_factors must be one or more in"),
+        ({"variant": "yarn", "trained_context": 0}, "trained_context must be at least 1 token"),
         ({"n_rotations": float("inf"), "givens": "butterfly"}, "must be a whole number, got inf"),
         ("polar+value", "polar has one frequency per channel and value_rotation one per pair"),
         ({"n_rotations": 3}, "n_rotations=3 needs givens"),
@@ -59,7 +78,7 @@ def test_each_name_is_a_variant_of_its_own():
         ({"variant": "free", "orthogonality_weight": float("inf")}, r"in \[0, 1e6\], got inf"),
         ({"rotary_share": 0.0}, r"rotary_share must be in \(0, 1\], got 0.0"),
         ({"bias": "t6"}, "bias must be one of None, t5, alibi, kerple, fire, got 't6'"),
-        ({"base_factors": []}, "base_factors must be one or more finite"),
+        ({"base_factors": []}, "base_factors must be one or more in"),
         ({"base_factors": 3.0}, "base_factors must be a list of numbers, got 3.0"),
         ({"conditional": "yes"}, "conditional must be true or false, got 'yes'"),
         ({"n_rotations": "two"}, "n_rotations must be a whole number, got 'two'"),
@@ -67,7 +86,7 @@ def test_each_name_is_a_variant_of_its_own():
         ({"givens": 3}, "givens must be a name, got 3"),
         (
             {"scaling": "yarn", "scaling_factor": 0.5},
-            "scaling_factor must be at least 1 and finite, got 0.5",
+            r"scaling_factor must be in \[1, 1e6\], got 0.5",
         ),
     ],
 )
@@ -84,11 +103,16 @@ def test_what_makes_no_sense_is_refused_in_words(rotation, message):
         ({"trained_context": 64}, {"context": 32}, "trained_context must be at most the context"),
         ("rope", {"d_model": 12, "n_heads": 4}, "even whole number"),
         ("ntk", {"d_model": 8, "n_heads": 4}, "one pair alone does not have; head_dim=2"),
+        ("xpos", {"context": 60_000, "rope_base": 1e8}, "xpos reaches over at most 56463 tokens"),
     ],
 )
 def test_a_rotation_that_does_not_suit_the_shape_is_refused(rotation, shape, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(rotation=rotation, **shape)
+
+
+def test_a_polar_head_of_one_pair_has_two_frequencies_to_scale():
+    assert TransformerConfig(rotation="polar+ntk", d_model=8, n_heads=4).rotary.polar
 
 
 def test_a_base_below_the_useful_bound_is_warned_of_with_the_bound():
@@ -239,6 +263,21 @@ def test_r_starts_orthogonal_and_differs_between_heads_and_layers():
         eye = torch.eye(8).expand_as(r)
         torch.testing.assert_close(r @ r.transpose(1, 2), eye, atol=1e-4, rtol=0)
         assert torch.pdist(r.flatten(1)).min() > 0.5
+
+
+def test_reflections_by_nothing_are_the_identity():
+    config = TransformerConfig(d_model=16, context=8, rotation="householder")
+    model = AdaptiveTransformer(config)
+    r = model.rotation.orthogonal()
+    assert torch.equal(r, torch.eye(4).expand_as(r))
+
+
+def test_xpos_is_finite_in_contexts_that_were_too_long_for_gains_counted_from_the_start():
+    shape = Shape(n_replicas=1, n_layers=1, n_heads=1, d_model=4, head_dim=4, context=50_000)
+    rotary = Rotary(RotationConfig(xpos=True), shape)
+    rotary.refresh(torch.full((1,), 18.0), torch.ones(1))
+    gain = rotary.prepare(50_000, torch.ones(1)).gain
+    assert gain.isfinite().all() and (gain > 0).all()
 
 
 def test_a_relative_bias_has_many_buckets_and_enters_before_the_softmax():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import AdaptiveTransformer, TransformerConfig
+from models.cache import KeyValueCache
 from models.rotary import rotation_names
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -71,6 +72,16 @@ def test_a_shrunk_model_learns_generates_and_is_saved():
     again = AdaptiveTransformer(model.config, dtype=torch.float64)
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(tokens()), model(tokens()), atol=0, rtol=0)
+
+
+def test_what_was_kept_of_the_wider_model_is_computed_again():
+    model = build(0.5)
+    cache = KeyValueCache()
+    model(tokens()[..., :6], cache=cache)
+    model.shrink_()
+    wanted = model(tokens())[:, :, 6:]
+    found = model(tokens()[..., 6:], cache=cache)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
 
 
 def test_full_width_shrinks_to_itself():

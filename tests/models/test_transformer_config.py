@@ -4,6 +4,8 @@ import dataclasses
 import doctest
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ from models import AdaptiveTransformer, TransformerConfig
         ({"d_model": 12, "n_heads": 4}, ("d_model=12", "even")),
         ({"rope_base": 1.0}, ("rope_base", "1.0")),
         ({"rope_base": float("nan")}, ("rope_base", "nan")),
-        ({"span_ramp": 0.0}, ("span_ramp", "0.0")),
+        ({"span_ramp": 0.0}, ("span_ramp", "0.1 tokens", "0.0")),
         ({"rope_base": 2e9}, ("rope_base", "1e+09", "2000000000.0")),
         ({"n_layers": True}, ("n_layers", "True")),
         ({"width_levels": (1e-12, 1.0)}, ("n_heads=4", "1e-12")),
@@ -50,11 +52,37 @@ def test_a_bad_shape_is_refused_with_the_field_and_what_was_received(options, pa
         assert part in str(error.value)
 
 
+def test_fields_of_another_type_are_refused_by_name():
+    code = """
+from models import TransformerConfig
+for field in ({"span_ramp": "4"}, {"rope_base": "1e4"}, {"width_levels": ("a", 1.0)},
+              {"rotation": {1: 2}}):
+    try:
+        TransformerConfig(**field)
+    except ValueError as error:
+        print(error)
+"""  # in a process of its own: here, types are looked at before
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ramp, base, levels, rotation = done.stdout.splitlines()
+    assert ramp == "span_ramp must be finite and at least 0.1 tokens, got '4'"
+    assert base == "rope_base must be a number in (1, 1e+09], got '1e4'"
+    assert levels == "width_levels must be a list of numbers, got ('a', 1.0)"
+    assert rotation.startswith("Unknown rotation field '1'. Known: ")
+
+
 def test_a_shape_cannot_be_changed_or_given_by_position():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TransformerConfig().d_model = 64
     with pytest.raises(TypeError):
         TransformerConfig(256)
+
+
+def test_a_rotation_is_what_was_given_whatever_becomes_of_the_dictionary():
+    given = {"base_factors": [0.1, 10.0]}
+    config = TransformerConfig(rotation=given)
+    given["base_factors"].append(5.0)
+    assert config.to_dict()["rotation"] == {"base_factors": [0.1, 10.0]}
+    assert config.rotary.base_factors == (0.1, 10.0)
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 64])

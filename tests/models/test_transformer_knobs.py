@@ -1,5 +1,7 @@
 """Knobs of a transformer: gates, width levels, validation, what is stored."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,6 +201,27 @@ def test_values_go_to_the_rows_named_and_to_no_other():
 def test_a_value_that_is_no_number_is_refused_by_the_knobs_name(value):
     with pytest.raises(ValueError, match="dropout must be numbers, got"):
         build(2).set_knobs({"dropout": value})
+
+
+def test_a_value_that_a_gradient_hangs_on_becomes_a_plain_number():
+    model = build(2)
+    model.set_knobs({"dropout": torch.tensor(0.1, requires_grad=True)})
+    assert not model.knobs.dropout.requires_grad
+    assert copy.deepcopy(model).knobs.dropout.tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_a_sliced_model_settles_all_its_gates_or_none():
+    model = build(2, sliced=True)
+    model.set_knobs({"embedding_width": 0.5})
+    before = model.knobs.gates.clone()
+    with pytest.raises(ValueError, match="one embedding_width"):
+        model.knobs.settle_gates([0])
+    assert torch.equal(model.knobs.gates, before)
+
+
+def test_gates_that_would_not_move_are_refused():
+    with pytest.raises(ValueError, match=r"rate of the gates must be above 0, got 0\.0"):
+        build(2).knobs.step_gates(0.0)
 
 
 @pytest.mark.parametrize("rows", [[5], [-1], [True, False]])
