@@ -58,10 +58,6 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
         _import(module_name)
     try:
         env = gymnasium.make(target, **(options or {})).unwrapped
-    except TypeError as error:
-        if not options:
-            raise
-        raise ConfigError(f"{target} does not take {', '.join(options)}: {error}") from error
     except gymnasium.error.Error as error:
         spec = gymnasium.registry.get(target.rpartition(":")[2])
         if spec is not None and spec.entry_point is None:
@@ -70,6 +66,12 @@ def check_target(target: str, options: Mapping[str, Any] | None = None) -> list[
                 f"class of its TrainingRun: MODULE:CLASS"
             ) from error
         raise ConfigError(f"No environment {target!r}: {error}") from error
+    except (ValueError, MemoryError):  # which say what does not fit
+        raise
+    except Exception as error:  # somebody's own code may do anything
+        if options and isinstance(error, TypeError):
+            raise ConfigError(f"{target} does not take {', '.join(options)}: {error}") from error
+        raise ConfigError(f"{target} failed: {type(error).__name__}: {error}") from error
     findings = list(check_environment(env))
     if isinstance(env, TrainingRunEnv):
         findings += check_training_run(env.loop.run, env.loop.config.n_control_steps)

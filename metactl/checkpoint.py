@@ -33,7 +33,9 @@ _LARGEST = 1 << 40  # bytes
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> Path:
-    """Writes a checkpoint and drops all but the newest three.
+    """Writes a checkpoint and drops all but the newest three up to it.
+
+    Those of later steps are of what was given up, as where all of them were damaged.
 
     Args:
         folder: Holds the checkpoints of one run.
@@ -63,8 +65,10 @@ def save_checkpoint(
         final.unlink(missing_ok=True)
     draft.rename(final)
     sync_folder(folder)
-    for old in _checkpoints(folder)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = _checkpoints(folder)
+    later = [path for path in found if _step(path) > step]
+    for gone in (*later, *found[len(later) + KEEP :]):
+        shutil.rmtree(gone, ignore_errors=True)
     return final
 
 

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from metactl.commands import Apply, Check, Command, Demo, Evaluate, Sweep, Train
+from metactl.commands import (
+    Apply,
+    Check,
+    Command,
+    Demo,
+    Evaluate,
+    Sweep,
+    Train,
+    require_filled,
+    with_home,
+)
 from metactl.errors import WorkerDied, harmless, is_of_size
 
 if TYPE_CHECKING:
@@ -29,14 +39,6 @@ _ROTATION = "environment.options.rotation"
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; a user's mistake is one line on standard error and exit code 2."""
-    if "" in (sys.argv[1:] if arguments is None else arguments):
-        sys.exit(_refuse("an argument is empty: is a variable of the shell not set?"))
-    command = tyro.cli(
-        Command,
-        args=arguments,
-        prog="metactl",
-        description="A learned controller that adjusts a transformer's knobs while it trains.",
-    )
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     runners: dict[type, Callable[[Any], int]] = {
         Train: _train,
@@ -46,10 +48,17 @@ def main(arguments: list[str] | None = None) -> None:
         Check: _check,
         Demo: _demo,
     }
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # a user's own module lies where the user stands
     try:
-        code = runners[type(command)](command)
+        require_filled(sys.argv[1:] if arguments is None else arguments)
+        command = tyro.cli(
+            Command,
+            args=arguments,
+            prog="metactl",
+            description="A learned controller that adjusts a transformer's knobs while it trains.",
+        )
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)  # a user's own module lies where the user stands
+        code = runners[type(command)](with_home(command))
     except KeyboardInterrupt:
         print("\nmetactl: stopped", file=sys.stderr)
         code = 130
@@ -78,7 +87,14 @@ def _refuse(reason: str) -> int:
 def _train(command: Train) -> int:
     import torch
 
-    from metactl.config import TrainConfig, dump, find_config, parse_assignment, read_config
+    from metactl.config import (
+        TrainConfig,
+        changed,
+        dump,
+        find_config,
+        parse_assignment,
+        read_config,
+    )
     from metactl.deployment import flag_for
     from metactl.progress import bar
     from metactl.rundir import discard_if_refused, open_run_directory, resolve_data_of
@@ -98,7 +114,7 @@ def _train(command: Train) -> int:
     changes |= {key: value for key, value in flags.items() if value is not None}
     path = None if command.config is None else find_config(command.config)
     config = read_config(TrainConfig, path, changes)
-    config = read_config(TrainConfig, path, changes | resolve_data_of(config.environment))
+    config = changed(config, resolve_data_of(config.environment))
     run_dir = open_run_directory(command.run_dir, "train", dump(config), resume=command.resume)
     torch.set_num_threads(1)
     with (

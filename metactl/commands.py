@@ -1,6 +1,8 @@
 """The commands and their flags, with the help that `metactl COMMAND --help` shows."""
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -174,6 +176,8 @@ class Evaluate:
                 raise ValueError(f"--{flag.replace('_', '-')} is about a policy, --headroom is not")
         if self.suite != "quick":
             raise ValueError(f"--suite {self.suite} is about a policy, --headroom is not")
+        if any(text.partition("=")[0].strip() == "task" for text in self.set):
+            raise ValueError("--set task=... is not for --headroom; name families by --families")
         if not self.families:
             raise ValueError("--families needs at least one family, got none")
 
@@ -233,3 +237,21 @@ Command = (
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
 )
+
+
+def require_filled(arguments: Sequence[str]) -> None:
+    """Refuses, with `ValueError`, arguments that are empty."""
+    for argument in arguments:
+        if argument == "" or re.fullmatch("--[a-z-]+=", argument):
+            what = argument.removesuffix("=") or "an argument"
+            raise ValueError(f"{what} is empty: is a variable of the shell not set?")
+
+
+def with_home(command: Any) -> Any:
+    """A command with its run directory spelt out: a shell leaves `--run-dir=~/x` as it is."""
+    run_dir = getattr(command, "run_dir", None)
+    if run_dir is None:
+        return command
+    from metactl.rundir import resolved
+
+    return replace(command, run_dir=resolved(run_dir, "Run directory"))

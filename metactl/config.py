@@ -4,7 +4,8 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from copy import deepcopy
+from dataclasses import field, is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -53,6 +54,12 @@ class EnvironmentConfig:
     gpus_per_shard: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, held in (("options", self.options), ("variants", self.variants)):
+            if where := _not_finite(held):
+                raise ValueError(
+                    f"{name}{where[0]} must be finite, got {where[1]}: no file holds it; a large "
+                    f"number does the same"
+                )
         if self.n_envs < 1:
             raise ValueError(f"n_envs must be at least 1 training run, got {self.n_envs}")
         if self.n_workers < -1:
@@ -161,6 +168,20 @@ class TrainConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.seed >= 2**32:  # of NumPy's global generator, which Stable-Baselines3 seeds
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+
+
+def _not_finite(value: Any) -> tuple[str, float] | None:
+    """Where among plain values a number is not finite, and which."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ("", value)
+    held = value if isinstance(value, Mapping) else {}
+    held = dict(enumerate(value)) if isinstance(value, list | tuple) else held
+    for key, each in held.items():
+        if found := _not_finite(each):
+            return f".{key}{found[0]}", found[1]
+    return None
 
 
 def read_config(kind: type[T], path: str | Path | None, changes: Mapping[str, Any]) -> T:
@@ -198,17 +219,41 @@ def _put(values: dict[str, Any], changes: Mapping[str, Any], source: str) -> Non
             if not isinstance(node, dict):
                 where = ".".join(parents[:depth])
                 raise ConfigError(f"{source}: {where} must hold keys and values, got {node!r}")
-        node[leaf] = value
+        node[leaf] = deepcopy(value)  # a later key may change what is inside
 
 
 def parse(kind: type[T], values: Mapping[str, Any], source: str) -> T:
     """Validates plain values; errors name the key, the file and what was received."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: a configuration must hold keys and values, got {values!r}")
+    if where := _boolean_number(kind, values):
+        raise ConfigError(f"{source}: {where[0]} must be a number, got {where[1]}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first_error(kind, error)}") from error
+
+
+def _boolean_number(kind: Any, values: Any) -> tuple[str, bool] | None:
+    """Where `true` or `false` stands for a number, which pydantic would take for 1 or 0."""
+    kind = _within(kind)
+    if not is_dataclass(kind) or not isinstance(values, Mapping):
+        return None
+    for name, value in values.items():
+        declared = kind.__dataclass_fields__.get(name)
+        if declared is None:
+            continue
+        types = {declared.type, *get_args(declared.type)}
+        if isinstance(value, bool) and types & {int, float} and bool not in types:
+            return name, value
+        if found := _boolean_number(declared.type, value):
+            return f"{name}.{found[0]}", found[1]
+    return None
+
+
+def _within(kind: Any) -> Any:
+    """The dataclass of an optional one."""
+    return next((each for each in get_args(kind) if is_dataclass(each)), kind)
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -238,7 +283,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
 
@@ -248,13 +293,25 @@ def _load_yaml(text: str) -> Any:
     root = yaml.compose(text, yaml.SafeLoader)
     if root is not None and _n_nodes(root, {}) > _MAX_NODES:
         raise ValueError(f"with its aliases it holds more than {_MAX_NODES} values")
-    return yaml.load(text, _Loader)
+    return _apart(yaml.load(text, _Loader))
+
+
+def _apart(value: Any) -> Any:
+    """Plain values in which nothing is there twice, as what an alias stands for would be."""
+    if isinstance(value, dict):
+        return {key: _apart(each) for key, each in value.items()}
+    return [_apart(each) for each in value] if isinstance(value, list) else value
 
 
 def _n_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """Nodes below and with this one, those behind aliases once for every alias."""
     if id(node) not in known:
         below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in below if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"key {name!r} is there {names.count(name)} times")
         children = chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in below)
         known[id(node)] = 1 + sum(_n_nodes(child, known) for child in children)
     return known[id(node)]
@@ -281,8 +338,8 @@ def _known_keys(kind: Any, path: list[str]) -> list[str]:
         if get_origin(kind) in (dict, list, tuple):
             kind = within[1] if get_origin(kind) is dict else within[0]
         else:
-            kind = kind.__dataclass_fields__[part].type
-    return list(kind.__dataclass_fields__)
+            kind = _within(kind).__dataclass_fields__[part].type
+    return list(_within(kind).__dataclass_fields__)
 
 
 def find_config(name: str) -> Path:
@@ -301,7 +358,8 @@ def find_config(name: str) -> Path:
         for folder in folders
         for file in sorted(folder.rglob("*.yaml"))
     }
-    found = recipes.get(path.with_suffix("").as_posix().removeprefix("configs/"))
+    known = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("configs/")
+    found = recipes.get(known)
     if found is None:
         raise ConfigError(
             f"Config {name!r} is neither a file nor a recipe. "

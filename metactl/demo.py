@@ -29,6 +29,7 @@ from metactl.report import draw_compared, gap_sentence, paired_table
 from metactl.rundir import (
     LOCK,
     RunDirectoryError,
+    is_trace,
     kind_of,
     lock,
     open_run_directory,
@@ -37,7 +38,10 @@ from metactl.rundir import (
 from metactl.shards import default_workers
 from metactl.train import train
 
-_LEFT = ("config.yaml", "tb", "checkpoints", "policy", "demo.png", "summary.json", LOCK)
+_LEFT = (
+    *("config.yaml", "tb", "checkpoints", "policy", "policies", "demo.png", "summary.json"),
+    LOCK,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,11 @@ def run_demo(run_dir: Path, config: TrainConfig, plan: DemoPlan) -> Path:
     started = time.monotonic()
     say = console().print
     torch.set_num_threads(1)
+    environment = config.environment
+    for changes in environment.variants or ({},):  # before an earlier demo goes
+        Where(
+            env_id=environment.id, options={**environment.options, **changes}, n_envs=1, n_workers=0
+        ).open().close()
     clear_demo(run_dir)
     run_dir = open_run_directory(run_dir, "demo", dump(config))
     say("1/3  PPO learns on small transformers to move their knobs while they train.")
@@ -137,7 +146,7 @@ def clear_demo(run_dir: Path) -> None:
         RunDirectoryError: If the directory holds something else.
     """
     run_dir = run_dir.resolve()
-    if not run_dir.exists():
+    if not run_dir.exists() or (run_dir.is_dir() and all(map(is_trace, run_dir.iterdir()))):
         return
     record = run_dir / "config.yaml"
     if not record.is_file() or kind_of(record) != "demo":

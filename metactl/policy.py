@@ -105,6 +105,12 @@ class Policy:
 
     def __init__(self, card: PolicyCard, weights: dict[str, FloatArray]) -> None:
         self.card, self.weights = card, dict(sorted(weights.items()))
+        for what, names in (
+            ("knobs", [knob.name for knob in card.knobs]),
+            ("observations", list(card.observations)),
+        ):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise PolicyError(f"policy card: {what} must differ, {twice!r} is there twice")
         sizes = (len(card.observations), *card.hidden, len(card.knobs))
         if card.members < 1:
             raise PolicyError(f"policy card: members must be at least 1, got {card.members}")
@@ -244,6 +250,9 @@ class Policy:
             weights = load_tensors(blob)
         except (SafetensorError, ValueError, KeyError) as error:
             raise PolicyError(f"Policy {str(folder)!r} has unreadable weights: {error}") from error
+        for name, weight in weights.items():
+            if np.iscomplexobj(weight):
+                raise PolicyError(f"Policy {str(folder)!r}: weight {name!r} is not of real numbers")
         try:
             return cls(card, {name: w.astype(np.float64) for name, w in weights.items()})
         except PolicyError as error:

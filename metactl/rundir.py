@@ -54,7 +54,7 @@ def open_run_directory(
     Raises:
         RunDirectoryError: If it holds something else, or cannot be written.
     """
-    path = _resolved(path, "Run directory")
+    path = resolved(path, "Run directory")
     record = path / "config.yaml"
     try:
         held = record.exists()
@@ -73,11 +73,13 @@ def open_run_directory(
         return path
     if resume:
         raise RunDirectoryError(f"Run directory {str(path)!r} holds no run to resume")
-    if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not is_trace(p) for p in path.iterdir())):
         raise RunDirectoryError(f"Run directory {str(path)!r} exists and is not empty")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock(path)
+        for trace in path.glob(".*.tmp"):
+            trace.unlink(missing_ok=True)
         if record.exists():  # of another process that was quicker, and is gone
             raise RunDirectoryError(f"Run directory {str(path)!r} already holds a run")
         write_atomically(record, _record(kind, config).encode())
@@ -86,6 +88,11 @@ def open_run_directory(
             f"Run directory {str(path)!r} cannot be written: {error.strerror or error}"
         ) from error
     return path
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file is all that is left of a run that was killed before it kept anything."""
+    return path.name == LOCK or (path.name.startswith(".config.yaml.") and path.suffix == ".tmp")
 
 
 def lock(run_dir: Path) -> None:
@@ -123,7 +130,10 @@ def discard_if_refused(run_dir: Path, *, resume: bool = False) -> Iterator[None]
         yield
     except Exception:
         if not begun and not resume and all(path.name in _EMPTY for path in run_dir.iterdir()):
-            shutil.rmtree(run_dir)
+            for path in run_dir.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not run_dir.samefile(Path.cwd()):  # where somebody stands
+                run_dir.rmdir()
         raise
 
 
@@ -198,7 +208,7 @@ def writable(file: Path | None, *, picture: bool = False) -> Path | None:
         return None
     if picture and file.suffix.lower() not in _PICTURES:
         raise ConfigError(f"A picture must end in {', '.join(_PICTURES)}, got {file.name!r}")
-    _resolved(file, "File")
+    resolved(file, "File")
     path = Path(os.path.abspath(file.expanduser()))  # a link stays one
     what = f"File {str(file)!r} cannot be written"
     if path.is_dir():
@@ -213,7 +223,12 @@ def writable(file: Path | None, *, picture: bool = False) -> Path | None:
     return path
 
 
-def _resolved(path: str | Path, what: str) -> Path:
+def resolved(path: str | Path, what: str) -> Path:
+    """An absolute path, with `~` spelt out.
+
+    Raises:
+        ConfigError: If it is none; the message begins with `what` it is.
+    """
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, TypeError, ValueError) as error:  # such as a loop of links, a null byte
@@ -222,16 +237,16 @@ def _resolved(path: str | Path, what: str) -> Path:
 
 def resolve_data(options: dict[str, Any]) -> dict[str, Any]:
     """The options with absolute paths of data, checked before anything starts."""
-    resolved = dict(options)
+    absolute = dict(options)
     for name in ("data", "other_data"):
         data = options.get(name)
         if data is None:
             continue
-        path = _resolved(data, "Data")
+        path = resolved(data, "Data")
         if not path.exists():
             raise ConfigError(f"Data {str(data)!r} does not exist")
-        resolved[name] = str(path)
-    return resolved
+        absolute[name] = str(path)
+    return absolute
 
 
 def resolve_data_of(environment: EnvironmentConfig) -> dict[str, Any]:

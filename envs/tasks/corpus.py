@@ -86,6 +86,8 @@ def load_corpus(path: str | Path | None) -> Corpus:
         except OSError as error:  # such as a folder that changes while it is read
             raise ValueError(f"Data {str(path)!r} cannot be read: {error.strerror}") from error
         return _from_files(str(path), path, [file for file in files if _is_text(file)])
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"Data {str(path)!r} is neither a file nor a folder")
     data = _read(path)
     if len(data) == 0:
         raise ValueError(f"Data {str(path)!r} is empty")

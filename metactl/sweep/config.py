@@ -12,7 +12,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from metactl.config import STRICT, ConfigError, TrainConfig, dump, find_config, read_config
+from metactl.config import (
+    STRICT,
+    ConfigError,
+    TrainConfig,
+    changed,
+    dump,
+    find_config,
+    read_config,
+)
 from metactl.policy import Policy
 from metactl.rundir import resolve_data, resolve_data_of
 
@@ -159,6 +167,10 @@ class SweepConfig:
             raise ValueError("options are of kinds 'apply' and 'knobs'; a recipe has its own")
         if self.kind != "train" and "split" in {**self.space, **self.options}:
             raise ValueError("split is not to choose: trials are scored on tasks of meta_train")
+        for key in self.space:
+            for other in (*self.space, *(_OWN if self.kind == "train" else ())):
+                if other != key and other.startswith(f"{key}."):
+                    raise ValueError(f"{key} holds {other}: name one of them, or their other keys")
         for key in _OWN:
             if self.kind == "train" and key in self.space:
                 raise ValueError(f"{key} is not to vary: where a trial runs follows from resources")
@@ -279,7 +291,7 @@ def _recipe(recipe: str, changes: dict[str, Any]) -> TrainConfig:
     variants = read_config(TrainConfig, path, changes | here).environment.variants
     here["environment.n_workers"] = len(variants)
     config = read_config(TrainConfig, path, changes | here)
-    return read_config(TrainConfig, path, changes | here | resolve_data_of(config.environment))
+    return changed(config, resolve_data_of(config.environment))
 
 
 def resolved(trials: Sequence[Trial]) -> dict[str, Any]:

@@ -155,3 +155,9 @@ def test_of_a_large_folder_a_part_is_used_and_said(tmp_path, monkeypatch, caplog
     corpus = load_corpus(tmp_path)
     assert 10_000 <= len(corpus.data) <= 11_000
     assert "are used" in caplog.text
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe' is neither a file nor a folder"):
+        load_corpus(tmp_path / "pipe")

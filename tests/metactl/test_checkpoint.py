@@ -91,13 +91,22 @@ def test_a_checkpoint_holds_what_was_saved(tmp_path):
 
 
 def test_the_newest_three_are_kept(tmp_path):
-    save(tmp_path, 1, 2, 10, 9, 30)
+    save(tmp_path, 1, 2, 9, 10, 30)
     assert names(tmp_path) == [f"step-{step:012d}" for step in (9, 10, 30)]
 
 
 def test_the_newest_is_the_one_with_the_most_steps_not_the_last_written(tmp_path):
-    save(tmp_path, 100, 99)
+    older, _ = save(tmp_path, 99, 100)
+    os.utime(older, (2**33, 2**33))
     assert load_newest_checkpoint(tmp_path)[1] == {"step": 100}
+
+
+def test_where_a_run_begins_anew_what_it_keeps_is_not_dropped_for_what_was_damaged(tmp_path):
+    for later in save(tmp_path, 8, 12, 16):
+        (later / "state.json").write_text("{}")
+    save(tmp_path, 4)
+    assert load_newest_checkpoint(tmp_path)[1] == {"step": 4}
+    assert names(tmp_path) == [f"step-{4:012d}"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from metactl import Knob, Measurement, TrainingRun, cli
 from metactl.check import check_training_run
 from metactl.policy import Policy
+from metactl.rundir import open_run_directory
 from metactl.signals import INTERNAL_NAMES
 
 SMALL_RUNS = (
@@ -600,3 +601,68 @@ def test_a_card_that_cannot_be_updated_is_refused_before_the_work(
     policy = shutil.copytree(trained / "policy", tmp_path / "policy")
     words = refused(capsys, "evaluate", "--policy", policy, "--update-card")
     assert "policy.json' cannot be written: Permission denied" in words
+
+
+def test_data_is_found_again_where_options_were_given_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(TEXT)
+    whole = "environment.options={horizon: 20, n_control_steps: 5, context: 16, d_model: 16}"
+    assert metactl(*train_arguments("run", "--set", whole, "--data", "text")) == 0
+    assert f"data: {tmp_path / 'text'}\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_demo_that_cannot_run_leaves_the_earlier_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run_directory(tmp_path / "demo", "demo", {})
+    (tmp_path / "demo" / "summary.json").write_text("{}")
+    arguments = ("demo", "--run-dir", tmp_path / "demo", "--rotation", "roep")
+    assert "Unknown rotation 'roep'" in refused(capsys, *arguments)
+    assert (tmp_path / "demo" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("argument", ["--data=", ""])
+def test_a_variable_that_was_not_set_is_said(
+    argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, *train_arguments(tmp_path / "new"), argument)
+    assert "is empty: is a variable of the shell not set?" in said
+
+
+def test_check_says_what_somebodys_environment_failed_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_env.py").write_text(
+        "import gymnasium\n"
+        "class Bad(gymnasium.Env):\n"
+        "    def __init__(self): raise RuntimeError('no data here')\n"
+        "gymnasium.register('Bad-v0', entry_point=Bad)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    said = refused(capsys, "check", "failing_env:Bad-v0")
+    assert "failing_env:Bad-v0 failed: RuntimeError: no data here" in said
+
+
+def test_headroom_takes_its_families_by_their_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("evaluate", "--headroom", "--set", "task=digits")
+    assert "name families by --families" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", ["metactl --help | head -1", "rm -r . 2>&-; metactl --help"])
+def test_help_is_read_in_part_and_from_a_folder_that_is_gone(command: str, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    gone = command.replace("rm -r .", f"rm -r {tmp_path / 'here'}")
+    done = subprocess.run(
+        ["bash", "-c", gone],
+        cwd=tmp_path / "here",
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "usage: metactl" in done.stdout
+    assert "Traceback" not in done.stderr

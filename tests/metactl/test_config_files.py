@@ -310,3 +310,81 @@ def test_a_number_is_one_in_a_list_too(tmp_path):
     grid = read_config(SweepConfig, file, {}).space["ppo.learning_rate"].grid
     assert grid == (1e-3, 50.0, 3e4, "1e-3", "e-3")
     assert parse_assignment("a=[1e-3, -2.5e+1]") == ("a", [1e-3, -25.0])
+
+
+@pytest.mark.parametrize("text", ["1e5-corpus.txt", "3e8f2a1", "2e3-texts"])
+def test_a_text_that_begins_like_a_number_is_a_text(write, text):
+    config = train_config(write(f"environment: {{options: {{data: {text}}}}}"))
+    assert config.environment.options == {"data": text}
+    assert parse_assignment(f"a={text}") == ("a", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ("{max_gradient_norm: .inf}", "options.max_gradient_norm must be finite, got inf"),
+        ("{horizon: [40, .nan]}", "options.horizon.1 must be finite, got nan"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused_before_the_work(write, options, where):
+    assert where in refusal(write(f"environment: {{options: {options}}}"))
+
+
+def test_what_an_alias_stands_for_changes_in_one_place_alone(write):
+    text = "environment: {options: &o {context: 32}, variants: [*o], n_workers: 1}"
+    config = train_config(write(text), environment__options__context=64)
+    assert config.environment.options == {"context": 64}
+    assert config.environment.variants == ({"context": 32},)
+
+
+def test_changes_do_not_reach_into_each_other():
+    changes = {"ppo": {"learning_rate": 0.1}, "ppo.gamma": 0.9}
+    assert read_config(TrainConfig, None, changes).ppo.gamma == 0.9
+    assert changes["ppo"] == {"learning_rate": 0.1}
+
+
+def test_a_key_that_is_there_twice_is_refused(write):
+    assert "key 'seed' is there 2 times" in refusal(write("seed: 1\nseed: 2"))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("seed: true", "seed must be a number, got True"),
+        ("ppo: {learning_rate: true}", "ppo.learning_rate must be a number, got True"),
+        ("environment: {n_envs: false}", "environment.n_envs must be a number, got False"),
+    ],
+)
+def test_true_is_no_number(write, text, where):
+    assert where in refusal(write(text))
+    assert train_config(write("ppo: {use_sde: true}")).ppo.use_sde
+
+
+def test_true_is_no_number_in_an_optional_part_either():
+    with pytest.raises(ConfigError, match=r"stop\.patience must be a number, got True"):
+        parse(SweepConfig, {"space": {"seed": {"grid": [1]}}, "stop": {"patience": True}}, "here")
+
+
+def test_a_seed_that_numpy_does_not_take_is_refused():
+    assert "seed must be below 2**32, got 4294967296" in refusal(seed=2**32)
+
+
+@pytest.mark.parametrize("name", ["train.v2", ".", "train.yaml.bak"])
+def test_a_recipe_of_nearly_the_name_is_another(name):
+    with pytest.raises(ConfigError, match="is neither a file nor a recipe"):
+        find_config(name)
+    assert find_config("configs/train.yaml").resolve() == find_config("train")
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        (("ppo", "ppo.gamma"), "ppo holds ppo.gamma"),
+        (("ppo.gamma", "ppo"), "ppo holds ppo.gamma"),
+        (("environment", "seed"), "environment holds environment.shards"),
+    ],
+)
+def test_keys_of_a_space_that_hold_each_other_are_refused(space, words):
+    values = {"space": {key: {"grid": [1]} for key in space}}
+    with pytest.raises(ConfigError, match=words):
+        parse(SweepConfig, values, "here")

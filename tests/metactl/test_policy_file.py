@@ -414,3 +414,24 @@ def test_a_card_does_not_choose_which_module_is_imported(tmp_path, monkeypatch):
 def test_what_a_card_says_cannot_write_to_a_terminal():
     said = harmless("knob \x1b[31mred\x1b]0;title\x07\n" + "x" * 9000)
     assert "\x1b" not in said and "\x07" not in said and len(said) < 2100
+
+
+def test_a_card_that_names_a_knob_or_an_observation_twice_is_refused(folder):
+    card = json.loads((folder / "policy.json").read_text())
+    edit_card(folder, observations=["signal/0"] * N_SEEN)
+    assert_refused(folder, "observations must differ, 'signal/0' is there twice")
+    edit_card(folder, observations=card["observations"], knobs=card["knobs"][:1] * 2)
+    assert_refused(folder, "knobs must differ, 'a' is there twice")
+
+
+def test_an_unknown_key_of_the_set_points_is_refused_by_name(folder):
+    shipped = json.loads((find_policy("default") / "policy.json").read_text())["set_points"]
+    edit_card(folder, set_points={**shipped, "bogus": 1})
+    assert_refused(folder, "unknown key 'set_points.bogus'")
+
+
+def test_complex_weights_are_refused(folder):
+    weights = {name: np.asarray(w) for name, w in make_policy().weights.items()}
+    blob = save_tensors({**weights, "mean": weights["mean"].astype(np.complex64)})
+    reseal(folder, blob)
+    assert_refused(folder, "weight 'mean' is not of real numbers")

@@ -2,10 +2,12 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
 
+from metactl.commands import Check, Sweep, with_home
 from metactl.config import ConfigError, TrainConfig, dump
 from metactl.demo import clear_demo
 from metactl.rundir import (
@@ -202,3 +204,34 @@ def test_a_foreign_folder_with_a_config_of_its_own_is_no_demo(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"holds 'notes\.txt' beside an earlier demo"):
         clear_demo(tmp_path)
     assert (tmp_path / "notes.txt").exists() and record.exists()
+
+
+def test_a_run_that_was_killed_in_its_first_write_left_no_run(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".config.yaml.123.tmp").write_text("ki")
+    assert open_run_directory(tmp_path, "train", CONFIG) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_the_folder_where_somebody_stands_is_emptied_and_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = open_run_directory(".", "train", CONFIG)
+    with pytest.raises(ValueError, match="no"), discard_if_refused(run_dir):
+        raise ValueError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_may_begin_in_an_empty_folder_and_where_one_kept_its_policies(tmp_path):
+    clear_demo(tmp_path)
+    open_run_directory(tmp_path, "demo", CONFIG)
+    (tmp_path / "policies" / "000000040").mkdir(parents=True)
+    clear_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    clear_demo(tmp_path)
+
+
+def test_a_home_that_the_shell_did_not_spell_out_is_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = with_home(Sweep(run_dir=Path("~/sweep")))
+    assert command.run_dir == tmp_path / "sweep"
+    assert with_home(Check(target="a:B")) == Check(target="a:B")
