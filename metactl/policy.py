@@ -8,6 +8,7 @@ tensors; nothing in it can run. The card holds the checksum of the weights.
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field, replace
@@ -80,7 +81,7 @@ def find_policy(policy: str | Path) -> Path:
     """
     if not isinstance(policy, str | Path):
         raise PolicyError(f"policy must be a name or a folder, got {policy!r}")
-    folder = Path(policy)
+    folder = Path(os.path.expanduser(policy))
     if folder.is_dir() or len(folder.parts) != 1:
         return folder
     shipped = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{_CARD}"))

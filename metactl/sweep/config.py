@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
@@ -271,7 +272,7 @@ def _trial(config: SweepConfig, index: int, changes: dict[str, Any]) -> Trial:
         chosen = options.pop("policy", config.policy)
         if not isinstance(chosen, str):
             raise ConfigError(f"policy must be a folder or a name, got {chosen!r}")
-        policy = Path(chosen)
+        policy = Path(os.path.expanduser(chosen))
         located = str(policy.resolve() if policy.is_dir() else policy)
         return Trial(
             name=name,
