@@ -30,6 +30,7 @@ from models.internals import noise_scale
 _WATCHED = 8  # probe sequences from which internal signals are read
 _PROMPT_BYTES = 16  # what a sample continues
 _DATA_STREAM, _NOISE_STREAM, _WEIGHT_STREAM = 1, 2, 3
+_REAL_ROWS = ("peak", "learning_rate_multiplier", "weight_decay", "flops")
 _TASK_ROWS = ("train_start", "train_tokens", "probe", "test")
 _SHOWN = (
     *("train_loss", "train_loss_std", "gradient_norm"),
@@ -111,10 +112,7 @@ class AdaptiveTransformerRun(OwnPrograms, TrainingRun):
             "step": integers(),
             **task(),
             **{_LATER + name: tensor for name, tensor in task().items()},
-            "peak": integers(dtype=torch.float64),
-            "learning_rate_multiplier": integers(dtype=torch.float64),
-            "weight_decay": integers(dtype=torch.float64),
-            "flops": integers(dtype=torch.float64),
+            **{name: integers(dtype=torch.float64) for name in _REAL_ROWS},
             "diverged": integers(dtype=torch.bool),
             **self.disturbances.rows,
         }
@@ -207,7 +205,7 @@ class AdaptiveTransformerRun(OwnPrograms, TrainingRun):
         self.model.knobs.settle_gates(self._rows["step"] == 0)
 
     def advance(self, n_steps: int) -> Measurement:
-        cost = self._cost()
+        cost = self._cost(self.model.knobs.computed_width())  # a width fades, and is paid for
         self._step_cost.copy_(cost)
         shares = self._budget.shares(n_steps, self._rows["flops"], cost)
         seen: list[Tensor] = []  # by step, of all replicas
@@ -238,7 +236,7 @@ class AdaptiveTransformerRun(OwnPrograms, TrainingRun):
             **{name: self._rows[name] for name in names},
             **dict(zip(_SHOWN, shown, strict=True)),
             "probe_loss": self._probe()[0],
-            "relative_cost": cost / self._full_cost(),
+            "relative_cost": self._cost() / self._full_cost(),
         }
         internal = self._internal()
         on_device |= internal
@@ -356,9 +354,10 @@ class AdaptiveTransformerRun(OwnPrograms, TrainingRun):
     def cost(self) -> FloatArray:
         return self._cost().cpu().numpy()
 
-    def _cost(self) -> Tensor:
+    def _cost(self, width: Tensor | None = None) -> Tensor:
         values = self.model.knobs.values()
-        return self._flops(values["embedding_width"], values["attention_span"])
+        width = values["embedding_width"] if width is None else width
+        return self._flops(width, values["attention_span"])
 
     def _full_cost(self) -> float:
         return float(self._flops(1.0, float(self.config.context)))

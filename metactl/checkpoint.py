@@ -35,7 +35,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint and drops all but the newest three up to it.
 
-    Those of later steps are of what was given up, as where all of them were damaged.
+    Damaged ones of later steps go, too: a run that begins anew would find them at every start.
 
     Args:
         folder: Holds the checkpoints of one run.
@@ -67,7 +67,8 @@ def save_checkpoint(
     sync_folder(folder)
     found = _checkpoints(folder)
     later = [path for path in found if _step(path) > step]
-    for gone in (*later, *found[len(later) + KEEP :]):
+    damaged = [path for path in later if _is_damaged(path)]
+    for gone in (*damaged, *found[len(later) + KEEP :]):
         shutil.rmtree(gone, ignore_errors=True)
     return final
 
@@ -117,6 +118,17 @@ def intact_steps(folder: Path) -> set[int]:
             _load(checkpoint)
             found.add(_step(checkpoint))
     return found
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    """For good: what cannot be read just now may be whole."""
+    try:
+        _load(checkpoint)
+    except (OSError, MemoryError):
+        return False
+    except _DAMAGE:
+        return True
+    return False
 
 
 def _step(checkpoint: Path) -> int:

@@ -2,28 +2,22 @@
 
 import difflib
 import math
-import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import field, is_dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from metactl.files import read_bytes
+from metactl.yaml_values import UNREADABLE, load_yaml
 
 STRICT = ConfigDict(extra="forbid")  # an unknown key is refused
-_MAX_BYTES, _MAX_NODES = 1 << 20, 100_000  # of a configuration
+_MAX_BYTES = 1 << 20  # of a configuration
+SEED_BITS = 15  # of the seeds of trainings
 T = TypeVar("T")
-# What PyYAML raises: also for nesting too deep, a day that does not exist, a tag it half knows.
-UNREADABLE = (
-    *(yaml.YAMLError, ValueError, LookupError, RecursionError),
-    *(AttributeError, TypeError),
-)
 
 
 class ConfigError(ValueError):
@@ -168,8 +162,10 @@ class TrainConfig:
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if self.seed >= 2**32:  # of NumPy's global generator, which Stable-Baselines3 seeds
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        if self.seed >= 1 << SEED_BITS:
+            raise ValueError(
+                f"seed must be below {1 << SEED_BITS} (others share tasks), got {self.seed}"
+            )
 
 
 def _not_finite(value: Any) -> tuple[str, float] | None:
@@ -244,8 +240,13 @@ def _boolean_number(kind: Any, values: Any) -> tuple[str, bool] | None:
         if declared is None:
             continue
         types = {declared.type, *get_args(declared.type)}
-        if isinstance(value, bool) and types & {int, float} and bool not in types:
-            return name, value
+        entries = [(name, value)]
+        if get_origin(declared.type) is tuple:
+            there = value if isinstance(value, list | tuple) else ()
+            entries = [(f"{name}.{i}", each) for i, each in enumerate(there)]
+        for where, each in entries:
+            if isinstance(each, bool) and types & {int, float} and bool not in types:
+                return where, each
         if found := _boolean_number(declared.type, value):
             return f"{name}.{found[0]}", found[1]
     return None
@@ -263,7 +264,7 @@ def dump(config: Any) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = _load_yaml(read_bytes(path, _MAX_BYTES).decode())
+        values = load_yaml(read_bytes(path, _MAX_BYTES).decode())
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"Config {str(path)!r} cannot be read: {reason}") from error
@@ -275,46 +276,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"Config {str(path)!r} must hold keys and values, got {values!r}")
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as the number that it is in YAML 1.2; to 1.1 it is a text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _load_yaml(text: str) -> Any:
-    """Plain values; refuses what aliases would blow up to more than a configuration can be."""
-    root = yaml.compose(text, yaml.SafeLoader)
-    if root is not None and _n_nodes(root, {}) > _MAX_NODES:
-        raise ValueError(f"with its aliases it holds more than {_MAX_NODES} values")
-    return _apart(yaml.load(text, _Loader))
-
-
-def _apart(value: Any) -> Any:
-    """Plain values in which nothing is there twice, as what an alias stands for would be."""
-    if isinstance(value, dict):
-        return {key: _apart(each) for key, each in value.items()}
-    return [_apart(each) for each in value] if isinstance(value, list) else value
-
-
-def _n_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with this one, those behind aliases once for every alias."""
-    if id(node) not in known:
-        below = node.value if isinstance(node, yaml.CollectionNode) else ()
-        if isinstance(node, yaml.MappingNode):
-            names = [key.value for key, _ in below if isinstance(key, yaml.ScalarNode)]
-            for name in names:
-                if names.count(name) > 1:
-                    raise ValueError(f"key {name!r} is there {names.count(name)} times")
-        children = chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in below)
-        known[id(node)] = 1 + sum(_n_nodes(child, known) for child in children)
-    return known[id(node)]
 
 
 def _first_error(kind: type, error: ValidationError) -> str:
@@ -358,8 +319,8 @@ def find_config(name: str) -> Path:
         for folder in folders
         for file in sorted(folder.rglob("*.yaml"))
     }
-    known = name.removesuffix(".yaml").removesuffix(".yml").removeprefix("configs/")
-    found = recipes.get(known)
+    known = path.as_posix().removesuffix(".yaml").removesuffix(".yml")
+    found = recipes.get(known.removeprefix("configs/"))
     if found is None:
         raise ConfigError(
             f"Config {name!r} is neither a file nor a recipe. "
@@ -379,7 +340,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"--set takes KEY=VALUE, got {text!r}")
     try:
-        parsed = _load_yaml(value)
+        parsed = load_yaml(value)
     except UNREADABLE as error:
         shown = value if len(value) < 80 else f"{value[:80]}..."
         raise ConfigError(f"--set {key}: {shown!r} is not a YAML value") from error

@@ -173,7 +173,7 @@ class BestCheckpoint:
         self.loss = loop.start_loss.copy()
 
     def update(self, loss: FloatArray) -> None:
-        better = np.flatnonzero(loss < self.loss).tolist()
+        better = np.flatnonzero((loss < self.loss) & (loss != 0)).tolist()  # 0: a failed report
         if better:
             for name, value in self._run.state_dict(better).items():
                 self._state[name][better] = value

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from metactl.config import UNREADABLE, ConfigError, EnvironmentConfig
+from metactl.config import ConfigError, EnvironmentConfig
 from metactl.files import read_bytes, require_place, write_atomically
+from metactl.yaml_values import UNREADABLE
 
 _PICTURES = (".png", ".pdf", ".svg")
 LOCK = ".lock"

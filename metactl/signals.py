@@ -22,17 +22,9 @@ FAST, SLOW = 0.05, 0.2  # half-lives, in units of progress
 GAP_SCALE = 4.0  # of the generalisation gap
 
 _COLUMNS = (
-    "progress",
-    "train_loss",
-    "train_loss_std",
-    "probe_loss",
-    "gradient_norm",
-    "update_ratio_median",
-    "update_ratio_max",
-    "tokens_seen",
-    "unique_tokens",
-    "n_parameters",
-    "relative_cost",
+    *("progress", "train_loss", "train_loss_std", "probe_loss", "gradient_norm"),
+    *("update_ratio_median", "update_ratio_max", "tokens_seen", "unique_tokens"),
+    *("n_parameters", "relative_cost"),
 )
 
 
@@ -66,6 +58,9 @@ class History:
             column[:, :-1] = column[:, 1:]
             newest = measured.get(name)
             column[:, -1] = np.nan if newest is None else newest
+            if name in ("train_loss", "probe_loss"):  # exactly 0 is a failed report, and no news
+                failed = (column[:, -1] == 0) & np.isfinite(column[:, -2])
+                column[failed, -1] = column[failed, -2]
 
     def __len__(self) -> int:
         """How many measurements there are, of runs side by side."""

@@ -54,6 +54,8 @@ def gap_closed(
         gains, gaps, out=np.copysign(np.full_like(gains, np.inf), gains), where=gaps > 0
     )
     estimate = float(gain.mean() / gap.mean()) if gap.mean() > 0 else float("nan")
+    if len(gain) == 1:
+        return Interval(estimate=estimate, low=float("-inf"), high=float("inf"))
     return _interval(estimate, ratios, len(gain))
 
 

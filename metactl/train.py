@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metactl.actor_critic import AsymmetricPolicy, Normaliser, entries_of, standardisation
 from metactl.board import Board, BoardWriter
 from metactl.checkpoint import load_newest_checkpoint, save_checkpoint
-from metactl.config import ConfigError, EnvironmentConfig, TrainConfig, dump
+from metactl.config import SEED_BITS, ConfigError, EnvironmentConfig, TrainConfig, dump
 from metactl.evaluation.healthy import healthy_set_points
 from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
@@ -30,7 +30,7 @@ from metactl.worker import ProcessWorker, ShardError, Worker
 logger = logging.getLogger(__name__)
 
 
-_SEED_BITS = 16  # environment seeds of one training seed, so that two seeds share no task
+_SEED_BITS = 31 - SEED_BITS  # environment seeds of one training seed: two seeds share no task
 _CALIBRATION_SEED = 1 << 15  # the upper half of them
 
 

@@ -66,7 +66,7 @@ def sample(
 ) -> Int[Tensor, "replica batch"]:
     """One token per sequence."""
     logits = at_least_float32(logits)
-    if not bool(logits.isfinite().any(dim=-1).all()):
+    if not bool(logits.amax(dim=-1).isfinite().all()):
         raise ValueError("The logits are not finite: there is nothing to sample from")
     if temperature == 0:
         return logits.argmax(dim=-1)

@@ -22,6 +22,7 @@ KNOB_NAMES = (
     "rotation_strength",
     "orthogonality_weight",
 )
+_ROUNDED = 1.01  # what a coarser type may make of a value
 _BUFFERS = {"rope_base": "log_base", "embedding_width": "width_level"}  # others: their own name
 
 
@@ -195,6 +196,12 @@ class Knobs(nn.Module):
             "orthogonality_weight": self.orthogonality_weight.clone(),
         }
 
+    def computed_width(self) -> Tensor:
+        """Share of the width that a step computes: what is asked for, or has not faded yet."""
+        levels = brought(torch.tensor(self.config.width_levels), self.gates.device)
+        still_open = (self.gates > 0).sum(dim=1) - 1
+        return levels[torch.maximum(self.width_level, still_open)]
+
     def step_gates(self, rate: float) -> None:
         """Moves the width gates by at most `rate`, above 0, towards the levels asked for."""
         if not rate > 0:
@@ -233,17 +240,21 @@ class Knobs(nn.Module):
     def require_valid(self, *_: object) -> None:
         """Refuses values that no knob takes, as a damaged file may hold them: after loading.
 
+        A span that was learned in a longer context becomes the whole of this one. Values may have
+        been rounded to a coarser type.
+
         Raises:
             ValueError: The message names the knob.
         """
-        last = len(self.config.width_levels) - 1
+        self.attention_span.clamp_(max=self.config.context)
         for name in KNOB_NAMES:
-            low, high = self.bounds(name)
+            low, high = (bound * _ROUNDED for bound in self.bounds(name))
+            low /= _ROUNDED**2
             stored = getattr(self, _BUFFERS.get(name, name))
             if name == "rope_base":
-                low, high = math.log(low), math.log(high) + 1e-3
+                low, high = 0.0, math.log(high)
             elif name == "embedding_width":
-                low, high = 0, last
+                low, high = 0, len(self.config.width_levels) - 1
             if not bool(((stored >= low) & (stored <= high)).all()):
                 raise ValueError(
                     f"The loaded {_BUFFERS.get(name, name)} must be in [{low:g}, {high:g}], "

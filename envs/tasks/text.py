@@ -17,6 +17,7 @@ from envs.tasks.family import (
     evenly,
 )
 
+_TRIES = 16  # for a task elsewhere
 _HELD_OUT_SHARE = 0.3  # of a corpus too short for the full held-out stretch
 
 
@@ -64,8 +65,19 @@ class TextFamily(TaskFamily):
     def unlike(self, task: Task, seed: int) -> Task:
         """A task of the same part of the other corpus or, without one, of another stretch of it."""
         if self.other is None:
-            return super().unlike(task, seed)
+            return self._elsewhere(task, seed)
         return self._sample(self.other, len(self.corpus.data), another_seed(seed), task.part)
+
+    def _elsewhere(self, task: Task, seed: int) -> Task:
+        """A task whose probe and test are no text of the other's training, if that can be."""
+        end = task.train_start + task.train_tokens
+        for _ in range(_TRIES):
+            later = super().unlike(task, seed)
+            windows = np.concatenate((later.probe, later.test))
+            if not ((windows + self.context >= task.train_start) & (windows < end)).any():
+                break
+            seed = another_seed(seed)
+        return later
 
     def _sample(self, corpus: Corpus, place: int, seed: int, split: str) -> Task:
         """A task of a corpus that lies at some place in the data."""

@@ -1,8 +1,11 @@
 """A forward pass on a fixed input that leaves no trace: how a knob's effect is seen."""
 
+import contextlib
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from metactl.adapters.base import AttachError, unwrapped
 
 _SEED = 20
 _N_TOKENS = 16
+_MOST_BYTES, _MOST_ENTRIES, _DEPTH = 1 << 24, 4096, 2  # of a tensor, of a container, in it
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, flags
 
 
@@ -30,17 +34,18 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
     plain = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in plain]
     values = [] if model is None else [(b, b.detach().clone()) for b in model.buffers()]
-    kept = _Attributes(plain)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it holds weights from before the step
     if model is not None and training is not None:
         model.train(training)
+    kept = _Attributes(plain)  # in that mode: who merges weights for it remembers so
     try:
         with torch.no_grad():
             yield
     finally:
+        kept.put_back()
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
@@ -54,7 +59,6 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
         for module, held in buffers:  # a forward pass may have put others in their places
             module._buffers.clear()
             module._buffers.update(held)
-        kept.put_back()
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
@@ -64,34 +68,40 @@ def sealed(model: nn.Module | None = None, *, training: bool | None = None) -> I
 class _Attributes:
     """What modules keep beside parameters and buffers: their tables, counters and generators.
 
-    Torch's own modules, whose wrappers set themselves up in their first pass, are left alone.
+    Torch's own modules, whose wrappers set themselves up in their first pass, are left alone; so
+    are large tensors and containers, and what is not a plain one.
 
     Args:
         modules: Whose attributes are to be put back.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        foreign = [m for m in modules if type(m).__module__.partition(".")[0] != "torch"]
-        self._held = [(module, self._own(module)) for module in foreign]
-        self._insides = [
-            (value, inside)
-            for _, held in self._held
-            for value in held.values()
-            if (inside := self._copied(value)) is not None
-        ]
+        self._held = [(m, self._own(m)) for m in modules if not _is_torchs_own(type(m))]
+        self._undo: dict[int, Callable[[], None]] = {}  # by what changes in place
+        for _, held in self._held:
+            for value in held.values():
+                self._remember(value)
 
     @staticmethod
     def _own(module: nn.Module) -> dict[str, Any]:
         return {name: v for name, v in vars(module).items() if name not in _OF_ANY_MODULE}
 
-    @staticmethod
-    def _copied(value: Any) -> Any:
-        """What is inside of a value that can change in place; `None` of others."""
-        if isinstance(value, Tensor):
-            return value.detach().clone()
-        if isinstance(value, torch.Generator):
-            return value.get_state()
-        return value.copy() if type(value) in (list, dict, set) else None
+    def _remember(self, value: Any, depth: int = _DEPTH) -> None:
+        if id(value) in self._undo:
+            return
+        kind = type(value)
+        if issubclass(kind, Tensor):
+            if _is_small_and_plain(value):
+                held = value.detach().clone()
+                self._undo[id(value)] = partial(_restore_tensor, value, value._version, held)
+        elif kind in _GENERATORS:
+            read, write = _GENERATORS[kind]
+            self._undo[id(value)] = partial(write, value, read(value))
+        elif kind in _CONTAINERS and len(value) <= _MOST_ENTRIES:
+            self._undo[id(value)] = partial(_restore_container, value, value.copy())
+            if depth:
+                for each in value.values() if isinstance(value, dict) else value:
+                    self._remember(each, depth - 1)
 
     def put_back(self) -> None:
         for module, held in self._held:
@@ -100,17 +110,50 @@ class _Attributes:
                 if name not in held:
                     del now[name]
             now.update(held)
-        for value, inside in self._insides:
-            if isinstance(value, Tensor):
-                if not torch.equal(value, inside):
-                    value.data.copy_(inside)
-            elif isinstance(value, torch.Generator):
-                value.set_state(inside)
-            elif isinstance(value, list):
-                value[:] = inside
-            else:
-                value.clear()
-                value.update(inside)
+        for undo in self._undo.values():
+            with contextlib.suppress(Exception):  # of one kind that cannot, the others still can
+                undo()
+
+
+def _is_torchs_own(kind: type) -> bool:
+    """Whether no class of it is somebody else's, also where torch has made a class of that."""
+    own = (each for each in kind.__mro__ if each not in nn.Module.__mro__)
+    return all(each.__module__.partition(".")[0] == "torch" for each in own)
+
+
+def _is_small_and_plain(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_nested
+    if not plain or tensor.is_inference() or tensor.is_quantized:
+        return False
+    return 0 < tensor.nbytes <= min(_MOST_BYTES, tensor.untyped_storage().nbytes())
+
+
+def _restore_tensor(tensor: Tensor, version: int, held: Tensor) -> None:
+    if tensor.shape != held.shape:
+        tensor.data = held
+    elif tensor._version != version:
+        tensor.data.copy_(held)
+
+
+def _restore_container(value: Any, held: Any) -> None:
+    now, before = (list(x.items()) if isinstance(x, dict) else list(x) for x in (value, held))
+    flat = (sum(map(tuple, x), ()) if isinstance(value, dict) else x for x in (now, before))
+    if len(now) == len(before) and all(a is b for a, b in zip(*flat, strict=True)):
+        return
+    value.clear()
+    (value.extend if isinstance(value, list | deque) else value.update)(held)
+
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    torch.Generator: (torch.Generator.get_state, lambda g, state: g.set_state(state)),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (lambda g: g.get_state(), lambda g, state: g.set_state(state)),
+    np.random.Generator: (
+        lambda g: g.bit_generator.state,
+        lambda g, state: setattr(g.bit_generator, "state", state),
+    ),
+}
 
 
 def make_trial(model: nn.Module, example: Any = None) -> Callable[[bool], Tensor]:

@@ -12,6 +12,11 @@ from metactl.knobs import FloatArray
 from metactl.rollout import PlayedRun
 from metactl.statistics import paired_difference
 
+_REACHED = (
+    *("share_of_run_to_its_final_loss", "share_of_flops_to_its_final_loss"),
+    "saved_share_of_run",
+)
+
 
 def disturbed_summary(
     disturbed: Results, undisturbed: Results, set_points: SetPoints | None, names: Sequence[str]
@@ -36,7 +41,8 @@ def disturbed_summary(
         figures["excess_loss_area"] = float(excess[arm].mean())
         if arm in summary["policy_minus"]:
             minus = summary["policy_minus"][arm]
-            del minus["best_checkpoint_test"]
+            for name in ("best_checkpoint_test", *_REACHED):
+                minus.pop(name, None)  # likewise
             minus["excess_loss_area"] = plain(paired_difference(excess["policy"], excess[arm]))
         if set_points is None:
             continue

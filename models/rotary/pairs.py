@@ -16,7 +16,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Where products of matrices keep the type of their factors, whatever is around."""
-    if torch.is_autocast_enabled(device.type):
+    available = torch.amp.is_autocast_available(device.type)
+    if available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.tasks import Corpus, TextFamily
+from envs.tasks.family import TaskFamily
 from envs.tasks.text import PROBE_SEQUENCES, TEST_SEQUENCES
 
 
@@ -105,3 +106,16 @@ def test_the_length_asked_for_in_the_refusal_is_enough():
 def test_a_senseless_range_of_sizes_is_refused_with_its_numbers(unique_bytes):
     with pytest.raises(ValueError, match=rf"unique_bytes.*{unique_bytes[0]}, {unique_bytes[1]}"):
         family(unique_bytes=unique_bytes)
+
+
+def test_after_a_switch_nothing_is_judged_that_was_learned_before():
+    tasks = family(400_000, 16, (2_000, 30_000))
+    overlapping = 0
+    for seed in range(60):
+        task = tasks.sample(seed, "meta_test")
+        train = set(range(task.train_start, task.train_start + task.train_tokens))
+        later = tasks.unlike(task, seed)
+        assert not train & bytes_of(np.concatenate((later.probe, later.test)), 17)
+        first = TaskFamily.unlike(tasks, task, seed)
+        overlapping += bool(train & bytes_of(np.concatenate((first.probe, first.test)), 17))
+    assert overlapping > 5  # there was something to avoid

@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import random
+from collections import defaultdict, deque
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -53,6 +56,74 @@ def test_what_modules_remember_by_themselves_is_as_it_was_after_a_trial():
         model(torch.arange(9)[None])
     assert (model.length, model.counter.item(), model.seen) == (6, 1, [6])
     assert torch.equal(model(tokens), other(tokens))
+
+
+class Merging(nn.Linear):
+    """Merges a change of its weights in evaluation mode, as adapters of low rank do."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.merged, self.change = False, nn.Parameter(torch.ones(4, 4))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.change if mode else self.change
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight + (not self.merged) * self.change, self.bias)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_a_mode_merges_are_merged_as_they_say(frozen):
+    model = nn.Sequential(Merging(), Merging()).train()
+    if frozen:
+        model[1].eval()
+    x = torch.ones(2, 4)
+    before = model(x)
+    with sealed(model, training=False):
+        model(x)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_what_cannot_be_copied_is_left_alone_and_all_else_is_put_back():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.adjacency = torch.eye(4).to_sparse()
+            self.meta, self.empty = torch.empty(3, device="meta"), torch.zeros(0)
+            self.large = [0] * 5000
+            self.queue, self.tables = deque([1]), defaultdict(list, a=[torch.zeros(2)])
+            self.numpy, self.python = np.random.default_rng(0), random.Random(0)
+
+        def forward(self):
+            self.queue.append(2)
+            self.tables["a"][0] += 1
+            self.tables["b"].append(3)
+            return self.numpy.random(), self.python.random()
+
+    model = Odd()
+    with sealed(model):
+        drawn = model()
+    assert list(model.queue) == [1] and list(model.tables) == ["a"]
+    assert model.tables["a"][0].tolist() == [0, 0]
+    assert model() == drawn
+
+
+def test_of_modules_whose_class_torch_made_from_the_users_attributes_are_put_back():
+    class Counting(nn.Linear):
+        seen = 0
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+    model = nn.utils.parametrize.register_parametrization(Counting(2, 2), "weight", nn.Identity())
+    with sealed(model):
+        model(torch.ones(1, 2))
+    assert model.seen == 0
 
 
 def test_a_shadow_leaves_rotary_embedding_torch_its_cache():

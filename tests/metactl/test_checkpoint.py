@@ -107,6 +107,9 @@ def test_where_a_run_begins_anew_what_it_keeps_is_not_dropped_for_what_was_damag
     save(tmp_path, 4)
     assert load_newest_checkpoint(tmp_path)[1] == {"step": 4}
     assert names(tmp_path) == [f"step-{4:012d}"]
+    save(tmp_path, 9)
+    save(tmp_path, 5)  # of whom could not read the later one just then
+    assert names(tmp_path) == [f"step-{step:012d}" for step in (4, 5, 9)]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

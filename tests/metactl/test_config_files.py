@@ -345,6 +345,8 @@ def test_changes_do_not_reach_into_each_other():
 
 def test_a_key_that_is_there_twice_is_refused(write):
     assert "key 'seed' is there 2 times" in refusal(write("seed: 1\nseed: 2"))
+    with_both = "environment: {options: {1: a, '1': b}}"  # a number and a text
+    assert "there 2 times" not in refusal(write(with_both + "\nsed: 1"))
 
 
 @pytest.mark.parametrize(
@@ -353,6 +355,8 @@ def test_a_key_that_is_there_twice_is_refused(write):
         ("seed: true", "seed must be a number, got True"),
         ("ppo: {learning_rate: true}", "ppo.learning_rate must be a number, got True"),
         ("environment: {n_envs: false}", "environment.n_envs must be a number, got False"),
+        ("ppo: {hidden: [32, true]}", "ppo.hidden.1 must be a number, got True"),
+        ("ppo: {hidden: true}", "ppo.hidden: Input should be a valid tuple, got True"),
     ],
 )
 def test_true_is_no_number(write, text, where):
@@ -365,8 +369,14 @@ def test_true_is_no_number_in_an_optional_part_either():
         parse(SweepConfig, {"space": {"seed": {"grid": [1]}}, "stop": {"patience": True}}, "here")
 
 
-def test_a_seed_that_numpy_does_not_take_is_refused():
-    assert "seed must be below 2**32, got 4294967296" in refusal(seed=2**32)
+def test_a_seed_that_shares_its_tasks_with_another_is_refused():
+    assert "seed must be below 32768 (others share tasks), got 32773" in refusal(seed=32773)
+
+
+def test_recipes_are_found_by_a_path_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./configs/default.yaml", "configs//default", "default.yml", "./default"):
+        assert find_config(name).name == "default.yaml"
 
 
 @pytest.mark.parametrize("name", ["train.v2", ".", "train.yaml.bak"])

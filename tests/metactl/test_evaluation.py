@@ -48,9 +48,9 @@ from metactl.homeostasis import SetPoints
 from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs, gap_sentence
-from metactl.rollout import PlannedRun, play
+from metactl.rollout import BestCheckpoint, PlannedRun, play
 from metactl.shards import ShardRow
-from metactl.statistics import interquartile_mean, paired_difference, worst_decile
+from metactl.statistics import gap_closed, interquartile_mean, paired_difference, worst_decile
 
 
 class Follow(BaseController):
@@ -354,6 +354,19 @@ def test_an_interval_holds_the_mean_about_as_often_as_it_says(n, least):
     rng = np.random.default_rng(n)
     found = [paired_difference(rng.normal(1.0, 1.0, n), np.zeros(n)) for _ in range(400)]
     assert least < np.mean([each.low <= 1.0 <= each.high for each in found]) <= 0.98
+
+
+def test_of_one_task_there_is_no_interval():
+    one = (np.array([1.0]), np.array([3.0]), np.array([2.0]))
+    interval = gap_closed(*one)
+    assert (interval.estimate, interval.low, interval.high) == (2.0, -np.inf, np.inf)
+
+
+def test_a_report_of_nothing_is_no_best_checkpoint():
+    loop = ControlLoop(ToyPlant(2), ControlConfig(n_control_steps=N))
+    best = BestCheckpoint(loop)
+    best.update(np.array([0.0, 0.5]))
+    assert best.loss.tolist() == [loop.start_loss[0], min(0.5, loop.start_loss[1])]
 
 
 def test_regret_of_the_worst_tenth_and_the_middle_half():

@@ -240,7 +240,7 @@ def test_a_share_of_all_processes_items_counts_as_the_whole():
         callback.on_train_begin(args, state, None, **told)
         for loss in (1.0, 2.0):
             output = SimpleNamespace(loss=torch.tensor(loss))
-            callback._note(told["model"], (), {"num_items_in_batch": 7}, output)
+            callback.note(told["model"], (), {"num_items_in_batch": 7}, output)
         callback.on_step_end(args, state, None)
         assert callback.controller.heard == expected
 

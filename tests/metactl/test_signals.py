@@ -273,3 +273,15 @@ def test_a_group_of_which_a_part_is_missing_counts_as_not_measured(missing, grou
     seen = observe(history({name: v for name, v in RECORD.items() if name != missing}))
     assert CODEC.read(seen, f"has/{group}") == 0
     assert [CODEC.read(seen, f"signal/{name}")[0] for name in masked] == [0, 0]
+
+
+def test_a_loss_of_exactly_nothing_is_a_failed_report_and_no_news():
+    losses = [4.0, 3.0, 2.0, 1.5, 1.0]
+    read = {}
+    for name, probes in (("whole", losses), ("failed", [4.0, 3.0, 0.0, 1.5, 1.0])):
+        record = {"train_loss": probes, "probe_loss": probes}
+        read[name] = history(record, progress=np.arange(1, 6) / 5)
+    assert read["failed"]["probe_loss"][0, -5:].tolist() == [4.0, 3.0, 3.0, 1.5, 1.0]
+    assert read["failed"]["train_loss"][0, -5:].tolist() == [4.0, 3.0, 3.0, 1.5, 1.0]
+    for name in ("best_distance", "probe_level", "train_level", "generalisation_gap"):
+        assert FUNCTIONS[name](read["failed"]) == FUNCTIONS[name](read["whole"]), name

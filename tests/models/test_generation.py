@@ -97,6 +97,11 @@ def test_a_model_that_diverged_is_not_sampled_from():
         model.unembedding.fill_(float("nan"))
     with pytest.raises(ValueError, match="The logits are not finite"):
         model.generate(prompt(), 3)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="The logits are not finite"):
+            sample(torch.tensor([[[bad, 1.0, 2.0]]]), 0.0, 1.0, None)
+    never = torch.tensor([[[-float("inf"), 1.0, -float("inf")]]])
+    assert sample(never, 1.0, 1.0, None).item() == 1
 
 
 def test_an_empty_prompt_is_refused():

@@ -412,6 +412,20 @@ def test_damaged_knobs_are_not_loaded_without_a_word(name, value, sliced):
         model.load_state_dict(state)
 
 
+def test_weights_of_a_longer_context_are_loaded_with_a_span_that_fits():
+    longer, shorter = build(context=24), build(context=12, seeds=[5])
+    shorter.load_state_dict(longer.state_dict())
+    assert shorter.knobs.attention_span.tolist() == [12.0]
+    wanted = longer(draw_tokens(seq=12))
+    torch.testing.assert_close(shorter(draw_tokens(seq=12)), wanted, atol=1e-12, rtol=0)
+
+
+def test_shapes_are_found_out_without_numbers():
+    model = AdaptiveTransformer(TransformerConfig(d_model=16, context=8), 2, capturable=True)
+    logits = model.to("meta")(torch.zeros(2, 1, 8, dtype=torch.long, device="meta"))
+    assert logits.is_meta and logits.shape == (2, 1, 8, 256)
+
+
 def test_a_frozen_parameter_does_not_decay():
     model = build(d_model=8)
     model.embedding.requires_grad_(False)
