@@ -51,7 +51,7 @@ test: lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 soak: $(STAMP)
-	@echo "soak: a simulated cluster that loses workers, nodes and drivers (about 8 minutes)"
+	@echo "soak: clusters that lose workers, nodes, drivers and their disk; populations (about 15 minutes)"
 	@$(BIN)/python -m pytest -m soak
 
 clean:

@@ -117,7 +117,9 @@ def kill(worker):
     os.kill(worker.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("saved_after", [None, 0, 3])
+@pytest.mark.parametrize(
+    "saved_after", [3, *(pytest.param(n, marks=pytest.mark.soak) for n in (None, 0))]
+)
 def test_a_killed_worker_starts_again_and_nothing_tells_the_difference(saved_after, caplog):
     """Killed between calls and within one, before and after its state was last saved."""
     moves = np.random.default_rng(0).uniform(-1, 1, (7, 4, 4)).astype(np.float32)

@@ -516,7 +516,9 @@ def start(tmp_path, run_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["Ctrl-C", "the end of its time"])  # as a batch system says it
+@pytest.mark.parametrize(  # the latter as a batch system says it
+    "how", ["Ctrl-C", pytest.param("the end of its time", marks=pytest.mark.soak)]
+)
 def test_an_interrupted_sweep_says_what_is_left_and_how_to_go_on(tmp_path, how):
     sweep(tmp_path, {"seed": {"grid": [1]}})
     recipe = tmp_path / "recipe.yaml"

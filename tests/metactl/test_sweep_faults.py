@@ -196,10 +196,9 @@ def test_workers_and_nodes_may_die_and_no_trial_is_lost_or_done_twice(cluster, t
         assert read_result(trial_folder(run.root, trial.name)) == undisturbed
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("n_trials", "n_kills"), [(3, 1), pytest.param(6, 10, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize(("n_trials", "n_kills"), [(3, 1), (6, 10)])
 def test_a_driver_may_be_killed_again_and_again_and_its_records_be_torn(
     cluster, tmp_path, n_trials, n_kills
 ):
@@ -236,6 +235,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_full_disk_is_said_in_a_line_and_nothing_finished_is_lost(small_disk, tmp_path):
     run = Sweep(tmp_path, 3, root=small_disk / "run")

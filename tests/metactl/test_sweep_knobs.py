@@ -277,8 +277,8 @@ def start(tmp_path, **changes):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheduler", ["pbt", pytest.param("pb2", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("scheduler", ["pbt", "pb2"])
 def test_a_population_takes_over_and_is_compared_with_the_policy(tmp_path, scheduler):
     run = start(tmp_path, scheduler=scheduler, every=20)
     out, err = run.communicate(timeout=250)
