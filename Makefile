@@ -51,7 +51,7 @@ test: lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 soak: $(STAMP)
-	@echo "soak: clusters that lose workers, nodes, drivers and their disk; populations (about 15 minutes)"
+	@echo "soak: clusters that lose workers, nodes, drivers and their disk; populations (minutes)"
 	@$(BIN)/python -m pytest -m soak
 
 clean:

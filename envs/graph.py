@@ -1,5 +1,6 @@
 """Fusing what a step computes, and recording what a GPU does, to replay it without Python."""
 
+import abc
 import contextlib
 import os
 import shutil
@@ -57,7 +58,7 @@ class Graph:
                 tensor.copy_(before)
 
 
-class OwnPrograms:
+class OwnPrograms(abc.ABC):
     """Has programs made of its own methods and tensors; so a copy makes its own, and shares none.
 
     Attributes:
@@ -66,9 +67,9 @@ class OwnPrograms:
 
     programs: tuple[str, ...] = ()
 
+    @abc.abstractmethod
     def build_programs(self) -> None:
         """Sets the attributes anew, of what is there now."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self.programs}

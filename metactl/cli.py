@@ -11,19 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from metactl.commands import (
-    Apply,
-    Check,
-    Command,
-    Demo,
-    Evaluate,
-    Sweep,
-    Train,
-    require_filled,
-    with_home,
-)
+from metactl.commands import Apply, Check, Demo, Evaluate, Sweep, Train, read_command
 from metactl.errors import WorkerDied, harmless, is_of_size
 
 if TYPE_CHECKING:
@@ -49,16 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         Demo: _demo,
     }
     try:
-        require_filled(sys.argv[1:] if arguments is None else arguments)
-        command = tyro.cli(
-            Command,
-            args=arguments,
-            prog="metactl",
-            description="A learned controller that adjusts a transformer's knobs while it trains.",
-        )
-        if (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)  # a user's own module lies where the user stands
-        code = runners[type(command)](with_home(command))
+        command = read_command(arguments)
+        code = runners[type(command)](command)
     except KeyboardInterrupt:
         print("\nmetactl: stopped", file=sys.stderr)
         code = 130

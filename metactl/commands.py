@@ -1,6 +1,7 @@
 """The commands and their flags, with the help that `metactl COMMAND --help` shows."""
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -239,7 +240,29 @@ Command = (
 )
 
 
-def require_filled(arguments: Sequence[str]) -> None:
+def read_command(arguments: list[str] | None = None) -> Any:
+    """The command that somebody typed; a module of theirs can be imported from where they stand.
+
+    Args:
+        arguments: Those of this process by default.
+
+    Raises:
+        ValueError: For an argument that is empty, a folder that is none.
+        SystemExit: For what is no command; the help, or what is wrong, is printed.
+    """
+    _require_filled(sys.argv[1:] if arguments is None else arguments)
+    command: Any = tyro.cli(
+        Command,
+        args=arguments,
+        prog="metactl",
+        description="A learned controller that adjusts a transformer's knobs while it trains.",
+    )
+    if (here := _current_folder()) not in sys.path:
+        sys.path.append(here)
+    return with_home(command)
+
+
+def _require_filled(arguments: Sequence[str]) -> None:
     """Refuses, with `ValueError`, arguments that are empty."""
     for argument in arguments:
         if argument == "" or re.fullmatch("--[a-z-]+=", argument):
@@ -255,3 +278,11 @@ def with_home(command: Any) -> Any:
     from metactl.rundir import resolved
 
     return replace(command, run_dir=resolved(run_dir, "Run directory"))
+
+
+def _current_folder() -> str:
+    """Where somebody stands; refuses, with `ValueError`, one that is gone."""
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError as error:
+        raise ValueError("the current folder is gone; change to another") from error

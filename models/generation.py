@@ -66,11 +66,12 @@ def sample(
 ) -> Int[Tensor, "replica batch"]:
     """One token per sequence."""
     logits = at_least_float32(logits)
-    if not bool(logits.amax(dim=-1).isfinite().all()):
+    largest = logits.amax(dim=-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
         raise ValueError("The logits are not finite: there is nothing to sample from")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    below = logits - logits.amax(dim=-1, keepdim=True)  # so that no division overflows upwards
+    below = logits - largest  # so that no division overflows upwards
     scaled = torch.where(below == 0, below, below / temperature)
     probability = torch.softmax(scaled, dim=-1)
     if top_p < 1:

@@ -185,11 +185,10 @@ class Knobs(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """Values in force, each `[n_replicas]` (bases may have a layer and a head dimension)."""
-        levels = brought(torch.tensor(self.config.width_levels), self.gates.device)
         return {
             "rope_base": self.log_base.exp(),
             "attention_span": self.attention_span.clone(),
-            "embedding_width": levels[self.width_level],
+            "embedding_width": self._widths()[self.width_level],
             "dropout": self.dropout.clone(),
             "position_scale": self.position_scale.clone(),
             "rotation_strength": self.rotation_strength.clone(),
@@ -198,9 +197,12 @@ class Knobs(nn.Module):
 
     def computed_width(self) -> Tensor:
         """Share of the width that a step computes: what is asked for, or has not faded yet."""
-        levels = brought(torch.tensor(self.config.width_levels), self.gates.device)
         still_open = (self.gates > 0).sum(dim=1) - 1
-        return levels[torch.maximum(self.width_level, still_open)]
+        return self._widths()[torch.maximum(self.width_level, still_open)]
+
+    def _widths(self) -> Tensor:
+        """Share of the width of each level, where the knobs live."""
+        return brought(torch.tensor(self.config.width_levels), self.gates.device)
 
     def step_gates(self, rate: float) -> None:
         """Moves the width gates by at most `rate`, above 0, towards the levels asked for."""
@@ -252,7 +254,7 @@ class Knobs(nn.Module):
             low /= _ROUNDED**2
             stored = getattr(self, _BUFFERS.get(name, name))
             if name == "rope_base":
-                low, high = 0.0, math.log(high)
+                low, high = 0.0, math.log(self.bounds(name)[1]) * _ROUNDED
             elif name == "embedding_width":
                 low, high = 0, len(self.config.width_levels) - 1
             if not bool(((stored >= low) & (stored <= high)).all()):

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -136,12 +137,15 @@ def _restore_tensor(tensor: Tensor, version: int, held: Tensor) -> None:
 
 
 def _restore_container(value: Any, held: Any) -> None:
-    now, before = (list(x.items()) if isinstance(x, dict) else list(x) for x in (value, held))
-    flat = (sum(map(tuple, x), ()) if isinstance(value, dict) else x for x in (now, before))
-    if len(now) == len(before) and all(a is b for a, b in zip(*flat, strict=True)):
-        return
-    value.clear()
-    (value.extend if isinstance(value, list | deque) else value.update)(held)
+    if _inside(value) != _inside(held):
+        value.clear()
+        (value.extend if isinstance(value, list | deque) else value.update)(held)
+
+
+def _inside(value: Any) -> list[int]:
+    """Which objects a container holds; what these are, tensors could not say of each other."""
+    entries = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+    return [id(entry) for entry in entries]
 
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)

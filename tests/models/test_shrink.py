@@ -75,10 +75,12 @@ def test_a_shrunk_model_learns_generates_and_is_saved():
 
 
 def test_what_was_kept_of_the_wider_model_is_computed_again():
-    model = build(0.5)
-    cache = KeyValueCache()
-    model(tokens()[..., :6], cache=cache)
+    model, cache = build(1.0), KeyValueCache()
+    model.set_knobs({"embedding_width": 0.5})
+    model(tokens()[..., :6], cache=cache)  # before the width has faded
+    model.knobs.settle_gates([0])
     model.shrink_()
+    assert model.knobs.version > cache.version
     wanted = model(tokens())[:, :, 6:]
     found = model(tokens()[..., 6:], cache=cache)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)

@@ -420,6 +420,13 @@ def test_weights_of_a_longer_context_are_loaded_with_a_span_that_fits():
     torch.testing.assert_close(shorter(draw_tokens(seq=12)), wanted, atol=1e-12, rtol=0)
 
 
+def test_a_state_that_was_rounded_to_bfloat16_is_loaded_at_the_ends_of_the_ranges():
+    model = build(context=511, rope_base=1e9)
+    model.set_knobs({"dropout": 0.95})
+    rounded = {name: v.bfloat16() for name, v in model.state_dict().items()}
+    build(context=511).load_state_dict(rounded)
+
+
 def test_shapes_are_found_out_without_numbers():
     model = AdaptiveTransformer(TransformerConfig(d_model=16, context=8), 2, capturable=True)
     logits = model.to("meta")(torch.zeros(2, 1, 8, dtype=torch.long, device="meta"))
