@@ -22,7 +22,7 @@ def one_thread():
 def pytest_collection_modifyitems(items):
     """Two workers share the files; those that start a Ray cluster begin, one after the other."""
     clusters = ("test_sweep", "test_ray")
-    longest = (clusters, "test_command_line", "test_rotary_variants", "test_rotation_runs")
+    longest = (clusters, "test_evaluate_command", "test_rotary_variants", "test_rotation_runs")
 
     def rank(item):
         places = [item.path.name.startswith(names) for names in longest]
@@ -78,14 +78,3 @@ def _waits():
 def waits():
     """Notes, on a CPU, operations by which a GPU and this process would wait for each other."""
     return _waits
-
-
-@pytest.fixture(scope="module")
-def shards():
-    """A row of eight toys in this process."""
-    from toy_plant import N_DECISIONS, TOY
-
-    from metactl.shards import ShardRow
-
-    with ShardRow(TOY, 8, {"n_control_steps": N_DECISIONS}, 0) as row:
-        yield row

@@ -1,4 +1,4 @@
-"""Every command end to end at toy size, and every refusal: one line, exit code 2."""
+"""Commands end to end at toy size, and every refusal: one line, exit code 2."""
 
 import json
 import os
@@ -9,52 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import TEXT, metactl, refused, train_arguments
 from safetensors.numpy import load_file
 
-from metactl import Knob, Measurement, TrainingRun, cli
-from metactl.check import check_training_run
+from metactl import cli
 from metactl.policy import Policy
 from metactl.rundir import open_run_directory
-from metactl.signals import INTERNAL_NAMES
-
-SMALL_RUNS = (
-    "environment.options.horizon=20",
-    "environment.options.n_control_steps=5",
-    "environment.options.context=16",
-    "environment.options.d_model=16",
-)
-SMALL_PPO = ("ppo.n_steps=5", "ppo.batch_size=20", "ppo.hidden=[8]", "set_point_runs=4")
-TEXT = b"the quick brown fox jumps over the lazy dog; " * 200
-
-
-def metactl(*arguments: object) -> int:
-    """Runs a command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
-
-
-def train_arguments(run_dir: Path, *more: object) -> tuple[object, ...]:
-    sets = [part for text in (*SMALL_RUNS, *SMALL_PPO) for part in ("--set", text)]
-    small = ("--n-envs", 4, "--n-workers", 0, "--total-timesteps", 40)
-    return ("train", "--run-dir", run_dir, *small, *sets, *more)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("cli") / "run"
-    assert metactl(*train_arguments(run_dir)) == 0
-    return run_dir
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a refused command prints."""
-    capsys.readouterr()
-    assert metactl(*arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("metactl: error: ")
-    return lines[0]
 
 
 def test_train_writes_a_policy_and_says_what_made_it(trained: Path) -> None:
@@ -129,142 +89,10 @@ def test_apply_takes_a_rotation_and_prints_what_the_model_writes(
     assert "rotation.givens.angles" in weights and "rotation.relative.table" in weights
 
 
-def test_a_policy_works_where_there_is_no_base_to_move(trained: Path, tmp_path: Path) -> None:
-    small = ("--rotation", "nope", "--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0)
-    assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
-
-
 def test_train_takes_a_rotation(tmp_path: Path) -> None:
     assert metactl(*train_arguments(tmp_path / "run", "--rotation", "conditional")) == 0
     card = Policy.load(tmp_path / "run" / "policy").card
     assert card.training["config"]["environment"]["options"]["rotation"] == "conditional"
-
-
-def test_evaluate_reports_every_arm_with_intervals(trained: Path, tmp_path: Path) -> None:
-    report, figure = tmp_path / "new" / "report.json", tmp_path / "runs.png"
-    static = ("--static", "dropout=0,embedding_width=0.5")
-    twin = shutil.copytree(trained / "policy", tmp_path / "twin")
-    small = (*static, "--n-tasks", 3, "--grid", 3, "--n-envs", 6, "--n-workers", 0)
-    small += ("--rival", twin, "--json", report, "--figure", figure, "--beforehand")
-    small += ("--disturbed",)
-    assert metactl("evaluate", "--policy", trained / "policy", *small) == 0
-    summary = json.loads(report.read_text())
-    assert set(summary["disturbed"]["arms"]) >= {"policy", "best static", "yoked", f"rival {twin}"}
-    arms = {"policy", "default", "best static", "per-task best static", "replay", "responsive rule"}
-    arms |= {"static dropout=0, embedding_width=0.5", "best static of the grid"}
-    arms |= {"random moves", "yoked", "another run's all signals", "gap rule (dropout)"}
-    arms |= {"responsive rule, no smoothing", "window warm-up (span)"}
-    arms |= {f"rival {twin}", "best static of training tasks", "the same, told the task"}
-    arms |= {"policy from there", "policy from the worst static"}  # beforehand
-    arms |= {"policy without its guard"}
-    assert summary["grid_points"] == 4
-    assert set(summary["arms"]) == arms
-    for arm in arms - {"policy"}:
-        interval = summary["policy_minus"][arm]["final_test"]
-        assert interval["low"] <= interval["estimate"] <= interval["high"]
-        assert len(summary["arms"][arm]["final_test_per_task"]) == 3
-    assert summary["policy_minus"][f"rival {twin}"]["final_test"]["estimate"] == 0
-    assert summary["arms"]["default"]["flops"] > 0
-    assert 0 <= summary["arms"]["default"]["homeostasis_index"] <= 1
-    ends = summary["arms"]["default"]["final_knobs"]
-    assert ends["dropout"]["median"] == 0.1 and ends["dropout"]["at_lowest"] == 0
-    assert ends["embedding_width"] == {
-        **{"tenth": 1, "median": 1, "ninetieth": 1},
-        **{"at_lowest": 0, "at_highest": 1},
-    }
-    assert summary["policy_minus"][f"rival {twin}"]["within_2_percent"] == 1
-    assert set(summary["moves_explained_by_progress"]) >= {"dropout", "rope_base"}
-    assert figure.stat().st_size > 5_000
-
-
-def test_the_full_suite_adds_populations_single_signals_and_disturbed_runs(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = tmp_path / "report.json"
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0, "--suite", "full")
-    small += ("--schedule-runs", 1, "--linear-runs", 0, "--static", "dropout=0")
-    small += ("--optimizer-steps", 10)
-    code = metactl("evaluate", "--policy", trained / "policy", "--json", report, *small)
-    assert code == 0
-    summary = json.loads(report.read_text())
-    arms = summary["arms"]
-    for kind in ("PBT", "PB2"):
-        assert arms[f"{kind}, best of 8"]["flops"] > 2 * arms["default"]["flops"]
-    assert {"another run's probe loss", "another run's train loss"} <= set(arms)
-    assert {"policy, dropout alone", "policy, without dropout"} <= set(arms)
-    assert {"policy from there", "policy from the worst static"} <= set(arms)
-    assert {"best static of training tasks", "the same, told the task"} <= set(arms)
-    assert {"best schedule", "schedule told the task"} <= set(arms)
-    rules = {"responsive rule", "responsive rule, no smoothing", "gap rule (dropout)"}
-    rules |= {"window warm-up (span)"}
-    there = summary["begun_at_best_static"]["arms"]
-    moving = rules | {"policy", "replay", "yoked", "random moves", "PBT, best of 8"}
-    moving |= {"policy without its guard"}
-    moving |= {"PB2, best of 8", "best schedule", "schedule told the task"}
-    assert set(there) == moving | {"best static of training tasks"}
-    assert there["policy"]["final_test"] != arms["policy"]["final_test"]
-    disturbed = summary["disturbed"]
-    blind = {"best static", "replay", "yoked", "best schedule", "schedule told the task"}
-    assert set(disturbed["arms"]) == rules | blind | {"policy", "policy without its guard"}
-    for figures in disturbed["arms"].values():
-        assert 0 <= figures["settling_time"] <= 1 and figures["peak_drive"] >= 0
-        assert figures["excess_loss_area"] != 0
-    assert "something befalling each" in capsys.readouterr().out
-
-
-def test_a_policy_may_learn_from_inside_its_models_and_be_judged_there(tmp_path: Path) -> None:
-    inside = ("--set", "environment.options.internal=true", "--set", "set_point_runs=4")
-    assert metactl(*train_arguments(tmp_path / "run", *inside)) == 0
-    policy = Policy.load(tmp_path / "run" / "policy")
-    assert {f"signal/{name}" for name in INTERNAL_NAMES} <= set(policy.card.observations)
-    report = tmp_path / "report.json"
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 4, "--n-workers", 0, "--json", report)
-    assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small) == 0
-    found = json.loads(report.read_text())["arms"]["policy"]["mean_signals"]
-    assert set(found) == set(INTERNAL_NAMES) and found["stable_rank"] > 0
-    blind = ("--set", "internal=false")  # a run that nobody looks into
-    assert metactl("evaluate", "--policy", tmp_path / "run" / "policy", *small, *blind) == 0
-    assert "mean_signals" not in json.loads(report.read_text())["arms"]["policy"]
-
-
-def test_an_evaluation_goes_on_in_its_directory_and_no_other_runs(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 24, "--n-workers", 0)
-    small += ("--linear-runs", 1, "--optimizer-steps", 5)
-    kept = ("--run-dir", tmp_path / "run")
-    reports = []
-    for name in ("first.json", "again.json"):
-        report = tmp_path / name
-        evaluate = ("evaluate", "--policy", trained / "policy", *small, *kept, "--json", report)
-        assert metactl(*evaluate) == 0
-        files = {path.name for path in (tmp_path / "run" / "played").iterdir()}
-        reports.append((report.read_bytes(), files))
-    assert reports[0] == reports[1]
-    linear = tmp_path / "run" / "linear"
-    assert Policy.load(linear).card.hidden == ()
-    assert metactl(*evaluate, "--rival", linear) == 0
-    arms = json.loads(report.read_text())["arms"]
-    assert arms[f"rival {linear}"]["final_test"] == arms["linear policy"]["final_test"]
-    foreign = ("evaluate", "--run-dir", trained, *small)
-    assert "holds a run of 'train', not of 'evaluate'" in refused(capsys, *foreign)
-
-
-def test_evaluate_says_what_room_there_is_in_each_family(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = tmp_path / "room.json"
-    small = ("--n-tasks", 2, "--grid", 2, "--n-envs", 8, "--n-workers", 0)
-    options = ("--optimizer-steps", 40, "--set", "knobs=[dropout]", "--json", report)
-    families = ("--families", "recall", "waves")
-    assert metactl("evaluate", "--headroom", *families, *small, *options) == 0
-    found = json.loads(report.read_text())["families"]
-    assert set(found) == {"recall", "waves"}
-    for family in found.values():
-        assert set(family["knobs"]) == {"dropout"} and family["horizon"] == 40
-        assert family["knobs"]["dropout"]["best value minus default"]["high"] is not None
-    printed = capsys.readouterr().out
-    assert "Room for gain" in printed and "One knob alone" in printed and "waves" in printed
 
 
 def test_refusals_are_one_line_that_names_the_thing(
@@ -381,87 +209,6 @@ def test_what_cannot_be_read_at_all_is_one_line(
     assert words in refused(capsys, *train_arguments(tmp_path / "new"), *arguments)
 
 
-@pytest.mark.parametrize("text", ["1 / 0", "def", "import nowhere"])
-def test_a_module_that_cannot_be_imported_is_named(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = f"broken_{abs(hash(text))}"
-    (tmp_path / f"{name}.py").write_text(text + "\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert f"Module {name!r} cannot be imported" in refused(capsys, "check", f"{name}:Run")
-    assert "Module '.foo' cannot be imported" in refused(capsys, "check", ".foo:Run")
-
-
-def test_check_finds_nothing_wrong_with_our_environment(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert metactl("check", "envs:AdaptiveTransformer-v0") == 0
-    assert "0 problems" in capsys.readouterr().out
-
-
-FAULTY_RUN = '''
-import numpy as np
-from metactl import Knob, Measurement, TrainingRun
-
-class Forgetful(TrainingRun):
-    """Ignores its seed, cannot be restored, and one of its knobs does nothing."""
-    n_runs, horizon = 2, 40
-    knobs = (Knob(name="rate", low=0.0, high=1.0, default=0.5),
-             Knob(name="decoration", low=0.0, high=1.0, default=0.5))
-    def reset(self, rows, tasks, seeds):
-        self.loss = np.full(2, 3.0)
-    def apply(self, values):
-        self.rate = values["rate"]
-    def advance(self, n_steps):
-        self.loss = self.loss * (1 - 0.1 * self.rate)
-        return Measurement(train_loss=self.loss.copy(), diverged=np.zeros(2, dtype=bool))
-    def evaluate(self, split, rows=None):
-        return self.loss.copy()[slice(None) if rows is None else list(rows)]
-    def state_dict(self, rows):
-        return {}
-    def load_state_dict(self, rows, state):
-        pass
-'''
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the user stands; modules that are found there are forgotten again."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    return tmp_path
-
-
-def test_check_says_in_words_what_is_wrong_with_a_faulty_run(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (here / "my_faulty_run.py").write_text(FAULTY_RUN)
-    assert metactl("check", "my_faulty_run:Forgetful") == 1
-    out = capsys.readouterr().out
-    assert "the seed has no effect" in out
-    assert "no effect: decoration" in out
-    assert "restored to" in out
-    assert "4 problems" in out  # resetting one run also resets its neighbour
-
-
-def test_check_finds_what_only_whole_runs_would_stumble_over(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fixed = "horizon = property(lambda self: 20)"
-    all_rows = "[slice(None) if rows is None else list(rows)]"
-    assert all_rows in FAULTY_RUN
-    faulty = FAULTY_RUN.replace("n_runs, horizon = 2, 40", f"n_runs = 2\n    {fixed}")
-    (here / "my_other_run.py").write_text(faulty.replace(all_rows, ""))
-    assert metactl("check", "my_other_run:Forgetful") == 1
-    out = capsys.readouterr().out
-    assert "it is 20, and there are 40 control steps" in out
-    assert "evaluate('probe', rows=[1]) gave [" in out
-    (here / "my_fixed_run.py").write_text(faulty.replace("20)", "40)"))
-    assert metactl("check", "my_fixed_run:Forgetful") == 1
-    assert "it cannot be set, and is rounded" in capsys.readouterr().out
-
-
 def test_an_argument_that_a_variable_left_empty_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,6 +269,21 @@ def test_commands_work_beside_foreign_folders_called_models_and_envs(tmp_path: P
         assert "0 problems" in done.stdout
 
 
+def test_a_checkout_is_used_where_one_stands_in_it_whatever_is_installed(tmp_path: Path) -> None:
+    checkout = Path(cli.__file__).parent.parent
+    for name in ("metactl", "models", "envs"):
+        shutil.copytree(checkout / name, tmp_path / name)
+    arguments = ("train", "--run-dir=run", "--n-workers=0", "--set=environment.options.context=0")
+    done = subprocess.run(
+        [sys.executable, "-m", "metactl", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "context" in done.stderr, done.stderr
+
+
 def test_a_foreign_package_called_envs_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "envs").mkdir()
     (tmp_path / "envs" / "__init__.py").touch()
@@ -535,42 +297,6 @@ def test_a_foreign_package_called_envs_is_named_with_what_to_do(tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "metactl needs its own package 'envs'" in done.stderr
     assert str(tmp_path / "envs") in done.stderr and "Rename" in done.stderr
-
-
-class Careless(TrainingRun):
-    """Gives back one array that it goes on writing in; restores the first rows, whichever it is."""
-
-    n_runs, horizon = 2, 40
-    knobs = (Knob(name="rate", low=0.0, high=1.0, default=0.5),)
-
-    def __init__(self, restores):
-        self.loss, self.restores = np.full(2, 3.0), restores
-
-    def reset(self, rows, tasks, seeds):
-        self.loss[list(rows)] = 3.0 + np.array(seeds) / 1000
-
-    def apply(self, values):
-        self.rate = values["rate"]
-
-    def advance(self, n_steps):
-        self.loss *= 1 - 0.1 * self.rate
-        return Measurement(train_loss=self.loss, diverged=np.zeros(2, dtype=bool))
-
-    def evaluate(self, split, rows=None):
-        return self.loss.copy()[slice(None) if rows is None else list(rows)]
-
-    def state_dict(self, rows):
-        return {"loss": self.loss[list(rows)].copy()}
-
-    def load_state_dict(self, rows, state):
-        if self.restores:
-            self.loss[: len(rows)] = state["loss"]
-
-
-@pytest.mark.parametrize(("restores", "said"), [(False, "restored to"), (True, "restored alone")])
-def test_check_is_not_deceived_by_one_array_nor_by_rows_that_are_ignored(restores, said):
-    found = [finding.text for finding in check_training_run(Careless(restores))]
-    assert any(said in text for text in found)
 
 
 def test_commands_that_are_proposed_can_be_pasted(capsys):
@@ -589,18 +315,6 @@ def test_data_of_variants_is_kept_by_its_whole_path(tmp_path: Path, monkeypatch)
     assert kept == [{"data": str(tmp_path / name)} for name in ("a.txt", "b.txt")]
     missing = ("--set", "environment.variants=[{data: nowhere.txt}, {}]", "--n-workers", 2)
     assert metactl(*train_arguments("other", *missing)) == 2
-
-
-def test_a_card_that_cannot_be_updated_is_refused_before_the_work(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
-) -> None:
-    def denied(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("metactl.rundir.require_place", denied)
-    policy = shutil.copytree(trained / "policy", tmp_path / "policy")
-    words = refused(capsys, "evaluate", "--policy", policy, "--update-card")
-    assert "policy.json' cannot be written: Permission denied" in words
 
 
 def test_data_is_found_again_where_options_were_given_as_a_whole(
@@ -631,31 +345,12 @@ def test_a_variable_that_was_not_set_is_said(
     assert "is empty: is a variable of the shell not set?" in said
 
 
-def test_check_says_what_somebodys_environment_failed_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "failing_env.py").write_text(
-        "import gymnasium\n"
-        "class Bad(gymnasium.Env):\n"
-        "    def __init__(self): raise RuntimeError('no data here')\n"
-        "gymnasium.register('Bad-v0', entry_point=Bad)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    said = refused(capsys, "check", "failing_env:Bad-v0")
-    assert "failing_env:Bad-v0 failed: RuntimeError: no data here" in said
-
-
-def test_headroom_takes_its_families_by_their_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("evaluate", "--headroom", "--set", "task=digits")
-    assert "name families by --families" in refused(capsys, *arguments)
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
         ("metactl --help | head -1", "usage: metactl"),
         ("rm -r . 2>&-; metactl --help", "usage: metactl"),
+        ("rm -r . 2>&-; python -m metactl --help", "usage: metactl"),
         ("rm -r . 2>&-; metactl check os:path", "error: the current folder is gone"),
     ],
 )

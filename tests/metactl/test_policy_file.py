@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from command_line import metactl
 from safetensors.numpy import save as save_tensors
 from safetensors.torch import save as save_torch_tensors
 
 from metactl import Knob, Policy, PolicyError
-from metactl.cli import main
 from metactl.config import TrainConfig, find_config, parse, read_config
 from metactl.deployment import deployment
 from metactl.errors import harmless
@@ -402,9 +402,7 @@ def test_a_card_does_not_choose_which_module_is_imported(tmp_path, monkeypatch):
     hostile = Policy(replace(shipped.card, training=training), shipped.weights)
     hostile.save(tmp_path / "policy")
     for command in ("apply", "evaluate"):
-        with pytest.raises(SystemExit) as stopped:
-            main([command, "--policy", "policy", "--run-dir", "run"])
-        assert stopped.value.code == 2
+        assert metactl(command, "--policy", "policy", "--run-dir", "run") == 2
     with pytest.raises(PolicyError, match=r"bob:A-v0.*may not choose which code runs"):
         runs_of(hostile, {})
     assert not (tmp_path / "it ran").exists()

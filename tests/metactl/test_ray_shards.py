@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refused
 
-from metactl.cli import main
 from metactl.cluster import _short_folder, cluster
 from metactl.config import ConfigError, TrainConfig, parse
 from metactl.controllers import Static
@@ -135,10 +135,7 @@ def test_without_a_cluster_shards_on_ray_say_what_to_do(monkeypatch):
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_in_words(arguments, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "--run-dir", str(tmp_path / "run"), *arguments])
-    assert stopped.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words in refused(capsys, "train", "--run-dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists() or json.dumps(list((tmp_path / "run").iterdir())) == "[]"
 
 
