@@ -44,7 +44,7 @@ lint: $(STAMP)
 	@echo "test: lint and types"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --num-workers 2
 
 test: lint
 	@echo "test: the suite"

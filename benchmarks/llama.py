@@ -76,7 +76,7 @@ class Options:
 
 def run_arm(arm: str, seed: int, options: Options) -> dict[str, Any]:
     """Trains one Llama and says how it ended."""
-    import transformers
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     from envs.tasks.corpus import standard_library
     from envs.tasks.text import TextFamily
@@ -89,8 +89,8 @@ def run_arm(arm: str, seed: int, options: Options) -> dict[str, Any]:
     probe, test = (text[places[:, None] + window] for places in (task.probe, task.test))
     setting = STATICS.get(arm, {})
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    model = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=256,
             hidden_size=options.hidden_size,
             intermediate_size=round(options.hidden_size * 8 / 3),

@@ -113,8 +113,7 @@ def library_runs(batch: int, heads: int, seq: int, dim: int, device: str) -> dic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries warn of at import is theirs
         from rotary_embedding_torch import RotaryEmbedding
-        from transformers import LlamaConfig
-        from transformers.models.llama import modeling_llama
+        from transformers.models.llama import LlamaConfig, modeling_llama
         from x_transformers import x_transformers
 
     theirs = RotaryEmbedding(dim, cache_max_seq_len=seq).to(device)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtrit
 
 from metactl.knobs import FloatArray
 
@@ -87,7 +87,7 @@ def _resamples(n: int, seed: int) -> np.ndarray:
 
 
 def _interval(estimate: float, resampled: FloatArray, n: int) -> Interval:
-    tail = float(norm.cdf(-np.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1)))
+    tail = float(ndtr(-np.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975)))
     # Order statistics, so that infinite ratios need no arithmetic.
     low, high = np.quantile(resampled, (tail, 1 - tail), method="nearest")
     return Interval(estimate=estimate, low=float(low), high=float(high))

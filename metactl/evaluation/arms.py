@@ -5,7 +5,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import qmc
 
 from metactl.config import ConfigError
 from metactl.controllers import (
@@ -130,6 +129,8 @@ def static_grid(knobs: KnobSet, n_points: int, seed: int = 0) -> list[FloatArray
     """Static settings over all knobs: the default and scrambled Sobol points."""
     points: list[FloatArray] = [knobs.default_positions(1)[0]]
     if n_points > 1:
+        from scipy.stats import qmc  # here: a second of import
+
         drawn = qmc.Sobol(len(knobs), seed=seed).random_base2((n_points - 2).bit_length())
         points += list(drawn[: n_points - 1])
     return points
