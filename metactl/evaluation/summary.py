@@ -239,7 +239,7 @@ def plain(interval: Interval) -> dict[str, float | None]:
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
-    """The figures of an evaluation that belong on a policy's card: no lists."""
+    """The figures of an evaluation that belong on a policy's card: no lists, and six digits."""
     arms = {
         arm: {name: value for name, value in figures.items() if name not in _PER_TASK}
         for arm, figures in summary["arms"].items()
@@ -248,4 +248,13 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     for part in ("disturbed", "begun_at_best_static"):
         if part in summary:
             short[part] = headline(summary[part])
-    return short
+    rounded: dict[str, Any] = _six_digits(short)
+    return rounded
+
+
+def _six_digits(figures: Any) -> Any:
+    if isinstance(figures, dict):
+        return {name: _six_digits(figure) for name, figure in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [_six_digits(figure) for figure in figures]
+    return float(f"{figures:.6g}") if isinstance(figures, float) else figures
