@@ -271,6 +271,9 @@ def require_number(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise TypeError(f"{name} must be one number, got a tensor of {tuple(value.shape)}")
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        if value.shape:
+            raise TypeError(f"{name} must be one number, got an array of {value.shape}")
     elif not isinstance(value, int | float | np.number):
         advice = "; where there are several, give the one that is minimised" * (name == "loss")
         raise TypeError(f"{name} must be one number, got {type(value).__name__}{advice}")

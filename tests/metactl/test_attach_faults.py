@@ -104,12 +104,27 @@ def test_a_knob_that_cannot_be_put_back_is_named_and_the_others_are(monkeypatch,
 
 @pytest.mark.parametrize(
     ("norm", "message"),
-    [([1.0, 2.0], "gradient_norm must be one number, got list"), (torch.ones(2), r"of \(2,\)")],
+    [
+        ([1.0, 2.0], "gradient_norm must be one number, got list"),
+        (torch.ones(2), r"got a tensor of \(2,\)"),
+        (np.ones(2), r"got an array of \(2,\)"),
+        (np.array("1"), "got ndarray"),
+    ],
 )
 def test_a_gradient_norm_that_is_not_one_number_is_refused(norm, message):
     run = Loop(moving())
     with pytest.raises(TypeError, match=message):
         run.controller.step(loss=1.0, gradient_norm=norm)
+
+
+@pytest.mark.parametrize("number", [np.array, np.float32, torch.tensor, float])
+def test_a_loss_is_one_number_whatever_holds_it(number):
+    runs = Loop(moving()), Loop(moving())
+    for run, kind in zip(runs, (number, float), strict=True):
+        for i in range(8):
+            run.controller.step(loss=kind(2.0**-i), gradient_norm=kind(1.0))
+    states = [run.controller.state_dict() for run in runs]
+    assert states[0] == states[1]
 
 
 def test_numpys_whole_numbers_are_whole_numbers():
