@@ -55,6 +55,10 @@ _LABELS = {
     "policy without its guard": "the policy without its guard",
     "another run's all signals": "the policy, fed another run's signals",
 }
+_DISTURBED = {
+    "best static": "best static of the undisturbed tasks",
+    "rival runs/progress/policy": "progress alone",
+}
 _UNSHOWN = "best static of the grid"  # the same as the best static, or above it
 _SETTINGS = ("default", "best static", "per-task best static")
 _PLACES = {
@@ -216,7 +220,7 @@ def _disturbed(summary: dict[str, Any], arms: Sequence[str]) -> list[list[str]]:
         if minus is None:
             rows.append([f"**{arm}**", f"**{loss}**", "", area, *shares])
         else:
-            label = "best static of the undisturbed tasks" if arm == "best static" else _short(arm)
+            label = _DISTURBED.get(arm, _short(arm))
             rows.append([label, loss, interval_text(minus["final_test"]), area, *shares])
     return rows
 
