@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from metactl.files import read_bytes
 from metactl.yaml_values import UNREADABLE, load_yaml
@@ -17,6 +18,11 @@ from metactl.yaml_values import UNREADABLE, load_yaml
 STRICT = ConfigDict(extra="forbid")  # an unknown key is refused
 _MAX_BYTES = 1 << 20  # of a configuration
 SEED_BITS = 15  # of the seeds of trainings
+_WANTED = {  # types, as pydantic names them
+    **{"int": "a whole number", "float": "a number", "bool": "true or false"},
+    **{"str": "text", "string": "text", "dict": "keys and values", "dataclass": "keys and values"},
+    **{"list": "a list", "tuple": "a list"},
+}
 T = TypeVar("T")
 
 
@@ -279,18 +285,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _first_error(kind: type, error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    first, *others = error.errors()
+    place = _place(first)
+    where = ".".join(place)
     if first["type"] == "unexpected_keyword_argument":
-        known = _known_keys(kind, [str(part) for part in first["loc"][:-1]])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        known = _known_keys(kind, place[:-1])
+        close = difflib.get_close_matches(place[-1], known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"unknown key {where!r}. Known: {', '.join(known)}.{hint}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message if not where else f"{where}: {message}"
-    received = first.get("input")
-    return f"{where}: {message}, got {received!r}"
+    if wanted := _wanted(first):
+        kinds = (str(part).partition("[")[0] for each in others for part in each["loc"])
+        choices = dict.fromkeys([wanted, *(_WANTED[kind] for kind in kinds if kind in _WANTED)])
+        return f"{where} must be {' or '.join(choices)}, got {first['input']!r}"
+    return f"{where}: {message}, got {first.get('input')!r}"
+
+
+def _place(error: ErrorDetails) -> list[str]:
+    """Keys on the way to what is wrong, without the types among which there was a choice."""
+    parts = [str(part) for part in error["loc"]]
+    return [part for part in parts if part not in _WANTED and not part.endswith("]")]
+
+
+def _wanted(error: ErrorDetails) -> str | None:
+    """What should have been there, in words of YAML; nothing where it is of the right type."""
+    kind, _, fault = error["type"].partition("_")
+    return _WANTED.get(kind) if fault.startswith(("type", "parsing", "from")) else None
 
 
 def _known_keys(kind: Any, path: list[str]) -> list[str]:

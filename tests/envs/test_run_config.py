@@ -12,6 +12,12 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         build_run(1, {"d_modle": 16})
 
 
+@pytest.mark.parametrize("horizon", ["x", [20, "y"], 20.5])
+def test_all_types_that_a_value_may_have_are_said(horizon):
+    with pytest.raises(ValueError, match=r"horizon must be a whole number or a list, got"):
+        build_run(1, {"horizon": horizon})
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
