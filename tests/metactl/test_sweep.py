@@ -309,20 +309,20 @@ def test_a_searched_trial_runs_and_reports_where_it_was_placed(tmp_path):
 
 
 def test_a_search_that_cannot_be_is_refused_in_words(tmp_path, monkeypatch):
-    def refused(space):
+    def refusal(space):
         with pytest.raises(ConfigError) as error:
             require_searcher(sweep(tmp_path, space, searcher="optuna"))
         return str(error.value)
 
-    assert "nothing to choose" in refused({"seed": {"grid": [1]}})
-    assert "cannot choose 'environment.options.data'" in refused(
+    assert "nothing to choose" in refusal({"seed": {"grid": [1]}})
+    assert "cannot choose 'environment.options.data'" in refusal(
         {"environment.options.data": {"choice": ["a.txt"]}}
     )
-    assert "JSON knows, got datetime.date" in refused(
+    assert "JSON knows, got datetime.date" in refusal(
         {"ppo.n_epochs": {"choice": [datetime.date(2020, 1, 1)]}}
     )
     monkeypatch.setattr("metactl.sweep.searcher.find_spec", lambda name: None)
-    assert "pip install optuna" in refused({"seed": {"choice": [1, 2]}})
+    assert "pip install optuna" in refusal({"seed": {"choice": [1, 2]}})
 
 
 # One trial -----------------------------------------------------------------------------------
