@@ -15,7 +15,6 @@ What is finished is in FILE at once; started again, the same command goes on fro
 """
 
 import json
-import math
 import platform
 import re
 import sys
@@ -32,6 +31,7 @@ from benchmarks.rotation.cost import givens_cost
 from benchmarks.rotation.jobs import Job, all_jobs, prepare_worker, run_job
 from benchmarks.rotation.recipes import RECIPES
 from envs.tasks import digit_sequences
+from metactl.arrays import six_digits
 from metactl.files import write_atomically
 from metactl.progress import Progress, bar
 from metactl.shards import default_workers
@@ -39,7 +39,6 @@ from metactl.worker import set_up_torch
 from models.rotary import VARIANTS
 
 _COST = "cost"
-_DIGITS = 6  # that a figure in the report keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +144,8 @@ def _measured(
 
 def _text(report: dict[str, Any]) -> str:
     """JSON with one line for each list of numbers; what is not finite is null."""
-    indented = json.dumps(_rounded(report), indent=1)
+    indented = json.dumps(six_digits(report), indent=1)
     return re.sub(r"\[[^\[\]{}\"]*\]", lambda each: " ".join(each[0].split()), indented) + "\n"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-    return value
 
 
 if __name__ == "__main__":

@@ -33,3 +33,14 @@ def from_json(value: Any, like: Any) -> Any:
     if array.shape != like.shape:
         raise ValueError(f"expected numbers of shape {like.shape}, got {array.shape}")
     return array.astype(like.dtype)
+
+
+def six_digits(value: Any) -> Any:
+    """Plain values with six digits of every number; what is not finite, JSON's null."""
+    if isinstance(value, dict):
+        return {name: six_digits(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [six_digits(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -239,9 +239,7 @@ def _evaluate(command: Evaluate) -> int:
         return _headroom(command, where)
     with bar("Paired held-out runs") as progress:
         evaluation = evaluate(policy, where, plan, progress)
-    for part in evaluation_report(evaluation.summary):
-        console().print(part)
-    if command.json is not None:
+    if command.json is not None:  # what was asked for is there before anything can fail to be read
         write_json(command.json, evaluation.summary)
     if command.run_dir is not None and evaluation.linear is not None:
         evaluation.linear.save(command.run_dir / "linear")
@@ -249,6 +247,8 @@ def _evaluate(command: Evaluate) -> int:
         policy.with_evaluation(headline(evaluation.summary)).save(command.policy)
     if command.figure is not None:
         draw_compared(command.figure, evaluation.results, "Held-out runs")
+    for part in evaluation_report(evaluation.summary):
+        console().print(part)
     return 0
 
 

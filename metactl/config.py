@@ -1,28 +1,22 @@
 """Configurations: dataclasses with defaults, read from YAML, changed by flags. No torch here."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import field, is_dataclass
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails
 
 from metactl.files import read_bytes
+from metactl.refusals import boolean_number, refusal
 from metactl.yaml_values import UNREADABLE, load_yaml
 
 STRICT = ConfigDict(extra="forbid")  # an unknown key is refused
 _MAX_BYTES = 1 << 20  # of a configuration
 SEED_BITS = 15  # of the seeds of trainings
-_WANTED = {  # types, as pydantic names them
-    **{"int": "a whole number", "float": "a number", "bool": "true or false"},
-    **{"str": "text", "string": "text", "dict": "keys and values", "dataclass": "keys and values"},
-    **{"list": "a list", "tuple": "a list"},
-}
 T = TypeVar("T")
 
 
@@ -228,39 +222,12 @@ def parse(kind: type[T], values: Mapping[str, Any], source: str) -> T:
     """Validates plain values; errors name the key, the file and what was received."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: a configuration must hold keys and values, got {values!r}")
-    if where := _boolean_number(kind, values):
+    if where := boolean_number(kind, values):
         raise ConfigError(f"{source}: {where[0]} must be a number, got {where[1]}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_first_error(kind, error)}") from error
-
-
-def _boolean_number(kind: Any, values: Any) -> tuple[str, bool] | None:
-    """Where `true` or `false` stands for a number, which pydantic would take for 1 or 0."""
-    kind = _within(kind)
-    if not is_dataclass(kind) or not isinstance(values, Mapping):
-        return None
-    for name, value in values.items():
-        declared = kind.__dataclass_fields__.get(name)
-        if declared is None:
-            continue
-        types = {declared.type, *get_args(declared.type)}
-        entries = [(name, value)]
-        if get_origin(declared.type) is tuple:
-            there = value if isinstance(value, list | tuple) else ()
-            entries = [(f"{name}.{i}", each) for i, each in enumerate(there)]
-        for where, each in entries:
-            if isinstance(each, bool) and types & {int, float} and bool not in types:
-                return where, each
-        if found := _boolean_number(declared.type, value):
-            return f"{name}.{found[0]}", found[1]
-    return None
-
-
-def _within(kind: Any) -> Any:
-    """The dataclass of an optional one."""
-    return next((each for each in get_args(kind) if is_dataclass(each)), kind)
+        raise ConfigError(f"{source}: {refusal(kind, error, values)}") from error
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -282,47 +249,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"Config {str(path)!r} must hold keys and values, got {values!r}")
     return values
-
-
-def _first_error(kind: type, error: ValidationError) -> str:
-    first, *others = error.errors()
-    place = _place(first)
-    where = ".".join(place)
-    if first["type"] == "unexpected_keyword_argument":
-        known = _known_keys(kind, place[:-1])
-        close = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {where!r}. Known: {', '.join(known)}.{hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return message if not where else f"{where}: {message}"
-    if wanted := _wanted(first):
-        kinds = (str(part).partition("[")[0] for each in others for part in each["loc"])
-        choices = dict.fromkeys([wanted, *(_WANTED[kind] for kind in kinds if kind in _WANTED)])
-        return f"{where} must be {' or '.join(choices)}, got {first['input']!r}"
-    return f"{where}: {message}, got {first.get('input')!r}"
-
-
-def _place(error: ErrorDetails) -> list[str]:
-    """Keys on the way to what is wrong, without the types among which there was a choice."""
-    parts = [str(part) for part in error["loc"]]
-    return [part for part in parts if part not in _WANTED and not part.endswith("]")]
-
-
-def _wanted(error: ErrorDetails) -> str | None:
-    """What should have been there, in words of YAML; nothing where it is of the right type."""
-    kind, _, fault = error["type"].partition("_")
-    return _WANTED.get(kind) if fault.startswith(("type", "parsing", "from")) else None
-
-
-def _known_keys(kind: Any, path: list[str]) -> list[str]:
-    for part in path:
-        within = get_args(kind)  # of a mapping's values, of a sequence's entries
-        if get_origin(kind) in (dict, list, tuple):
-            kind = within[1] if get_origin(kind) is dict else within[0]
-        else:
-            kind = _within(kind).__dataclass_fields__[part].type
-    return list(_within(kind).__dataclass_fields__)
 
 
 def find_config(name: str) -> Path:

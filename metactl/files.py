@@ -12,7 +12,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     A link stays a link, to what is new; a device or a pipe is written to.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return
     if path.is_symlink():
         path = path.resolve()

@@ -18,10 +18,16 @@ Progress = Callable[[int, int, str], None]
 """Called with what is done, what there is in all, and a short status."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves it to the command line what becomes of a run that nobody reads any more."""
+        raise
+
+
 def console() -> Console:
     """Where people read: a terminal as wide as it is; a file or a pipe wide enough for a table."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+    found = _Console(highlight=False)
+    return found if found.is_terminal else _Console(highlight=False, width=_FILE_WIDTH)
 
 
 @contextlib.contextmanager

@@ -243,25 +243,25 @@ class Knobs(nn.Module):
         """Refuses values that no knob takes, as a damaged file may hold them: after loading.
 
         A span that was learned in a longer context becomes the whole of this one. Values may have
-        been rounded to a coarser type.
+        been rounded to a coarser type: past the end of a range they become its end.
 
         Raises:
             ValueError: The message names the knob.
         """
         self.attention_span.clamp_(max=self.config.context)
         for name in KNOB_NAMES:
-            low, high = (bound * _ROUNDED for bound in self.bounds(name))
-            low /= _ROUNDED**2
+            low, high = self.bounds(name)
             stored = getattr(self, _BUFFERS.get(name, name))
             if name == "rope_base":
-                low, high = 0.0, math.log(self.bounds(name)[1]) * _ROUNDED
+                low, high = 0.0, math.log(high)
             elif name == "embedding_width":
                 low, high = 0, len(self.config.width_levels) - 1
-            if not bool(((stored >= low) & (stored <= high)).all()):
+            if not bool(((stored >= low / _ROUNDED) & (stored <= high * _ROUNDED)).all()):
                 raise ValueError(
                     f"The loaded {_BUFFERS.get(name, name)} must be in [{low:g}, {high:g}], "
                     f"got {stored.tolist()}"
                 )
+            stored.clamp_(low, high)
         gates = self.gates
         if not bool(((gates >= 0) & (gates <= 1)).all() and (gates[:, 0] > 0).all()):
             raise ValueError(

@@ -1,6 +1,7 @@
 """What an evaluation played is kept, so that one that was stopped goes on where it was.
 
-A file holds the results of the runs of one population: a checksum, then plain arrays. Its name is a
+A file holds the results of the runs of one population: a checksum of its name and of what follows,
+then plain arrays. Its name is a
 hash of all that determines them: environment, options, tasks, controllers, and the source of what
 plays them here. Code outside of the library (a plant, a model) is not in the name; so the first
 population that is found is played again, and must come out the same.
@@ -144,17 +145,23 @@ def _packed(results: Sequence[PlayedRun]) -> bytes:
 
 
 def _keep(path: Path, packed: bytes) -> None:
-    write_atomically(path, hashlib.sha256(packed).digest() + packed)
+    if path.is_fifo():  # it would wait for somebody who reads
+        path.unlink()
+    write_atomically(path, _checksum(path, packed) + packed)
 
 
 def _read(path: Path) -> list[PlayedRun] | None:
-    """The results of a file, unless it is missing or damaged."""
+    """The results of a file, unless it is missing, damaged, or under another's name."""
     try:
         held = read_bytes(path, _LARGEST)
         checksum, packed = held[:_CHECKSUM], held[_CHECKSUM:]
-        return _unpacked(packed) if hashlib.sha256(packed).digest() == checksum else None
+        return _unpacked(packed) if _checksum(path, packed) == checksum else None
     except (OSError, EOFError, ValueError, LookupError, TypeError, zipfile.BadZipFile, MemoryError):
         return None
+
+
+def _checksum(path: Path, packed: bytes) -> bytes:
+    return hashlib.sha256(path.stem.encode() + packed).digest()
 
 
 def _unpacked(packed: bytes) -> list[PlayedRun]:

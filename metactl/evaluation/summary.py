@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metactl.arrays import six_digits
 from metactl.evaluation.arms import Results
 from metactl.homeostasis import SetPoints, control_effort, homeostasis_index
 from metactl.knobs import FloatArray
@@ -248,13 +249,5 @@ def headline(summary: dict[str, Any]) -> dict[str, Any]:
     for part in ("disturbed", "begun_at_best_static"):
         if part in summary:
             short[part] = headline(summary[part])
-    rounded: dict[str, Any] = _six_digits(short)
+    rounded: dict[str, Any] = six_digits(short)
     return rounded
-
-
-def _six_digits(figures: Any) -> Any:
-    if isinstance(figures, dict):
-        return {name: _six_digits(figure) for name, figure in figures.items()}
-    if isinstance(figures, list | tuple):
-        return [_six_digits(figure) for figure in figures]
-    return float(f"{figures:.6g}") if isinstance(figures, float) else figures

@@ -1,5 +1,7 @@
 """The options of a run: which are refused, in what words, and which knobs they leave."""
 
+import re
+
 import pytest
 
 from envs.transformer_run import RunConfig, build_run
@@ -12,10 +14,18 @@ def test_an_unknown_option_is_refused_with_the_nearest_name():
         build_run(1, {"d_modle": 16})
 
 
-@pytest.mark.parametrize("horizon", ["x", [20, "y"], 20.5])
+@pytest.mark.parametrize("horizon", ["x", [20, "y"], 20.5, [1, 2, 3], []])
 def test_all_types_that_a_value_may_have_are_said(horizon):
-    with pytest.raises(ValueError, match=r"horizon must be a whole number or a list, got"):
-        build_run(1, {"horizon": horizon})
+    words = rf"horizon must be a whole number or a list of 2 whole numbers, got {horizon!r}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build_run(1, {"horizon": horizon, "compile": "perhaps"})
+
+
+@pytest.mark.parametrize("unique_bytes", [3, [], [1, "y"], [1, 2, 3]])
+def test_a_list_of_a_certain_length_is_told_as_a_whole(unique_bytes):
+    words = f"unique_bytes must be a list of 2 whole numbers, got {unique_bytes!r}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build_run(1, {"unique_bytes": unique_bytes})
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_fewer_workers_than_variants_are_refused_with_both_numbers():
         ("ppo.n_steps", "many", "a whole number"),
         ("ppo.learning_rate", [1], "a number"),
         ("ppo.use_sde", 3, "true or false"),
-        ("ppo.hidden", 64, "a list"),
+        ("ppo.hidden", 64, "a list of whole numbers"),
         ("ppo", 3, "keys and values"),
         ("environment", None, "keys and values"),
         ("environment.id", [1], "text"),
@@ -153,6 +153,13 @@ def test_fewer_workers_than_variants_are_refused_with_both_numbers():
 def test_a_value_of_the_wrong_kind_is_refused_in_words_of_yaml(key, value, words):
     message = refusal(**{key.replace(".", "__"): value})
     assert f"{key} must be {words}, got {value!r}" in message
+
+
+@pytest.mark.parametrize("key", ["int", "list", "environment.str"])
+def test_a_key_that_is_called_as_a_type_is_only_unknown(write, key):
+    part, _, name = key.rpartition(".")
+    text = f"{part}: {{{name}: 3}}" if part else f"{name}: 3"
+    assert f"unknown key {key!r}" in refusal(write(text))
 
 
 @pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "1.0e-4", "0.0001"])
@@ -358,7 +365,7 @@ def test_a_key_that_is_there_twice_is_refused(write):
         ("ppo: {learning_rate: true}", "ppo.learning_rate must be a number, got True"),
         ("environment: {n_envs: false}", "environment.n_envs must be a number, got False"),
         ("ppo: {hidden: [32, true]}", "ppo.hidden.1 must be a number, got True"),
-        ("ppo: {hidden: true}", "ppo.hidden must be a list, got True"),
+        ("ppo: {hidden: true}", "ppo.hidden must be a list of whole numbers, got True"),
     ],
 )
 def test_true_is_no_number(write, text, where):

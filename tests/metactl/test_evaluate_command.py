@@ -1,5 +1,6 @@
 """`metactl evaluate` end to end at toy size."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -141,6 +142,23 @@ def test_evaluate_says_what_room_there_is_in_each_family(
         assert family["knobs"]["dropout"]["best value minus default"]["high"] is not None
     printed = capsys.readouterr().out
     assert "Room for gain" in printed and "One knob alone" in printed and "waves" in printed
+
+
+def test_what_was_asked_for_is_written_before_it_is_shown(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(*parts: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("metactl.report.evaluation_report", full)
+    policy = shutil.copytree(trained / "policy", tmp_path / "policy")
+    files = ("--json", tmp_path / "report.json", "--figure", tmp_path / "runs.png")
+    small = ("--n-tasks", 2, "--grid", 1, "--n-envs", 2, "--n-workers", 0, "--optimizer-steps", 5)
+    code = metactl("evaluate", "--policy", policy, *small, *files, "--update-card")
+    assert code == 2 and "No space left" in capsys.readouterr().err
+    arms = json.loads((tmp_path / "report.json").read_text())["arms"]
+    assert set(Policy.load(policy).card.evaluation["arms"]) == set(arms)
+    assert (tmp_path / "runs.png").stat().st_size > 5_000
 
 
 def test_headroom_takes_its_families_by_their_flag(capsys: pytest.CaptureFixture[str]) -> None:

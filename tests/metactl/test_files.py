@@ -1,11 +1,14 @@
+import contextlib
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from metactl.config import ConfigError
 from metactl.files import read_bytes, write_atomically
+from metactl.progress import console
 from metactl.rundir import writable
 
 
@@ -50,6 +53,20 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
 def test_a_report_may_be_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert writable(Path("~/report.json")) == tmp_path / "report.json"
+
+
+def test_a_device_that_is_full_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_atomically(Path("/dev/full"), b"x")
+
+
+def test_whoever_prints_learns_that_nobody_reads(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):  # not rich's SystemExit(1)
+            console().print("a line")
 
 
 def test_only_plain_files_of_bounded_size_are_read(tmp_path):

@@ -115,6 +115,25 @@ def test_damaged_files_are_played_again(tmp_path):
     assert _read(halved) is not None
 
 
+def test_files_under_each_others_names_and_pipes_are_played_again(tmp_path):
+    def again(n_played):
+        with Counting(tmp_path) as row:
+            same(results, row.play(trials()))
+            assert row.played == n_played
+
+    with Counting(tmp_path) as row:
+        results = row.play(trials())
+    one, other = sorted(tmp_path.glob("*.played"))
+    other.write_bytes(one.read_bytes())
+    assert _read(one) is not None and _read(other) is None
+    again(2)  # the other, and the first once more: whether it comes out the same
+    for path in (one, other):
+        path.unlink()
+        os.mkfifo(path)
+    again(2)
+    assert one.is_file() and other.is_file()
+
+
 class Hostile:
     """Makes a file when it is unpickled."""
 

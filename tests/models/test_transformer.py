@@ -424,7 +424,12 @@ def test_a_state_that_was_rounded_to_bfloat16_is_loaded_at_the_ends_of_the_range
     model = build(context=511, rope_base=1e9)
     model.set_knobs({"dropout": 0.95})
     rounded = {name: v.bfloat16() for name, v in model.state_dict().items()}
-    build(context=511).load_state_dict(rounded)
+    loaded = build(context=511)
+    loaded.load_state_dict(rounded)
+    assert rounded["knobs.attention_span"].item() == 512.0  # past the context
+    for name in ("dropout", "log_base", "attention_span"):
+        value, highest = (getattr(each.knobs, name).item() for each in (loaded, model))
+        assert 0.99 * highest < value <= highest
 
 
 def test_shapes_are_found_out_without_numbers():
