@@ -11,7 +11,6 @@ learning rate, in thirds. What is finished is in the file at once.
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +32,7 @@ from metactl.evaluation.arms import (
     static_arm,
     yoked_arm,
 )
-from metactl.evaluation.place import Counter
+from metactl.evaluation.place import RunCounter
 from metactl.policy import Policy
 from metactl.progress import bar
 from metactl.rundir import writable
@@ -61,14 +60,14 @@ class Options:
 def confirm(policy: Policy, rivals: dict[str, Policy], place: Place, seed: int) -> dict[str, Any]:
     """Paired differences of the policy to all other arms in a place: JSON values."""
     n = place.n_tasks
-    with closing(where_of(policy, place).open()) as shards, bar("Paired runs") as progress:
+    with where_of(policy, place).open() as shards, bar("Paired runs") as progress:
         knobs = shards.knobs
         default = knobs.default_positions(1)[0]
         lowest = {name: max(value, knobs[name].low) for name, value in _GOOD.items()}
         arms = [policy_arm(policy, default), static_arm("default", default)]
         arms += [chosen_arm(knobs, lowest), other_seed_arm(policy, default)]
         arms += [from_arm(rival, f"rival {name}", default) for name, rival in rivals.items()]
-        count = Counter((len(arms) + 2) * n, progress)
+        count = RunCounter((len(arms) + 2) * n, progress)
         played = play_arms(shards, arms, n, seed, count)
         donors = played.pop("policy, other seeds")
         blind = [replay_arm(played["policy"], default), yoked_arm(donors, default)]

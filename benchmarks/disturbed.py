@@ -13,7 +13,6 @@ run does.
 
 import sys
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms
 from metactl.evaluation.arms import Arm, Results, paired_episodes, policy_arm, static_arm
 from metactl.evaluation.disturbed import disturbed_summary
-from metactl.evaluation.place import Counter
+from metactl.evaluation.place import RunCounter
 from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.progress import bar
@@ -66,7 +65,6 @@ class Told(BaseController):
         begins: Share of the run after which the disturbance begins.
         ends: And ends.
         factor: By which to lower the learning rate; infinity for as low as it goes.
-        n_control_steps: Of a run.
         delay: Control steps by which it hears of both too late.
     """
 
@@ -76,14 +74,17 @@ class Told(BaseController):
         begins: float,
         ends: float,
         factor: float,
-        n_control_steps: int,
         delay: int = 0,
     ) -> None:
         self.inner, self.factor = inner, factor
+        self.begins, self.ends, self.delay = begins, ends, delay
+
+    def keep_pace(self, n_control_steps: int) -> None:
+        super().keep_pace(n_control_steps)
+        self.inner.keep_pace(n_control_steps)
         # The control steps of which some part is disturbed.
-        self.first = int(begins * n_control_steps) + delay
-        self.last = int(np.ceil(ends * n_control_steps)) - 1 + delay
-        self.n_control_steps = n_control_steps
+        self.first = int(self.begins * n_control_steps) + self.delay
+        self.last = int(np.ceil(self.ends * n_control_steps)) - 1 + self.delay
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
@@ -100,7 +101,7 @@ class Told(BaseController):
         if self._away:
             target = positions.copy()
             target[:, i] = self._home - self._depth(i) * (self._index <= self.last)
-            back = self.towards(np.clip(target, 0, 1), observation, 1 / self.n_control_steps)
+            back = self.towards(np.clip(target, 0, 1), observation)
             actions[:, i] = back[:, i]
             arrives = np.abs(target[:, i] - positions[:, i]) < 1e-9
             self._away = self._index <= self.last or not bool(arrives.all())
@@ -112,9 +113,7 @@ class Told(BaseController):
         return min(float(np.log(self.factor) / np.log(knob.high / knob.low)), 1.0)
 
 
-def told_arms(
-    kind: str, arm: Arm, inner: BaseController, n_tasks: int, steps: int, n_control_steps: int
-) -> list[Arm]:
+def told_arms(kind: str, arm: Arm, inner: BaseController, n_tasks: int, steps: int) -> list[Arm]:
     """An arm whose controllers are told what befalls each run; none for what cannot be undone."""
     if kind not in _TOLD:
         return []
@@ -130,7 +129,6 @@ def told_arms(
                 rows["disturbance_begins"][task] / steps,
                 rows["disturbance_ends"][task] / steps,
                 rows["disturbance_size"][task] if kind == "learning_rate" else float("inf"),
-                n_control_steps,
                 delay,
             )
             for task in range(n_tasks)
@@ -162,16 +160,16 @@ def compare(policy: Policy, setting: dict[str, float], options: Options) -> dict
 
     def play(shards: ShardRow, arms: list[Arm]) -> Results:
         with bar("Runs") as progress:
-            return play_arms(shards, arms, n, 0, Counter(len(arms) * n, progress))
+            return play_arms(shards, arms, n, 0, RunCounter(len(arms) * n, progress))
 
-    with closing(where.open()) as shards:
+    with where.open() as shards:
         about = shards.describe()
-        knobs, n_control_steps = KnobSet(about["knobs"]), about["n_control_steps"]
+        knobs = KnobSet(about["knobs"])
         arms: dict[str, tuple[Arm, BaseController]] = {
             "static": (static_arm("static", position(knobs, setting)), Static()),
             "policy": (
                 policy_arm(policy, knobs.default_positions(1)[0]),
-                Guard(Learned(policy), n_control_steps=n_control_steps),
+                Guard(Learned(policy)),
             ),
         }
         plain = [arm for arm, _ in arms.values()]
@@ -181,9 +179,9 @@ def compare(policy: Policy, setting: dict[str, float], options: Options) -> dict
         told = [
             told_arm
             for arm, inner in arms.values()
-            for told_arm in told_arms(kind, arm, inner, n, steps, n_control_steps)
+            for told_arm in told_arms(kind, arm, inner, n, steps)
         ]
-        with closing(where.open(disturb=1.0, disturbances=[kind])) as shards:
+        with where.open(disturb=1.0, disturbances=[kind]) as shards:
             played = play(shards, [*plain, *told])
         found[kind] = measured(kind, played, undisturbed, policy, about["observation_names"])
     return found

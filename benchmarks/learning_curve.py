@@ -12,7 +12,6 @@ did there, so that nothing is compared with other tasks.
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from metactl.config import parse_assignment
 from metactl.deployment import deployment
 from metactl.evaluation import Where, play_arms, static_arm
 from metactl.evaluation.arms import from_arm
-from metactl.evaluation.place import Counter
+from metactl.evaluation.place import RunCounter
 from metactl.evaluation.summary import column, plain
 from metactl.knobs import FloatArray
 from metactl.policy import Policy
@@ -147,13 +146,13 @@ def _played(
         n_workers=default_workers(),
         folder=options.run_dir,
     )
-    with closing(where.open()) as shards, bar("Policies from along the way") as progress:
+    with where.open() as shards, bar("Policies from along the way") as progress:
         default = shards.knobs.default_positions(1)[0]
         arms = [static_arm("default", default)]
         for training, kept in policies.items():
             arms += [from_arm(p, f"{training} {steps}", default) for steps, p in kept.items()]
         n = len(default_before)
-        played = play_arms(shards, arms, n, before["seed"], Counter(n * len(arms), progress))
+        played = play_arms(shards, arms, n, before["seed"], RunCounter(n * len(arms), progress))
     losses = {name: column(runs, "final_test") for name, runs in played.items()}
     apart = float(np.abs(losses["default"] - default_before).mean())
     if apart > _SAME:

@@ -9,7 +9,6 @@ at once.
 """
 
 import sys
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks.places import PLACES, Place, differences, named, where_of
 from benchmarks.provenance import write
 from metactl.evaluation import play_arms
 from metactl.evaluation.arms import from_arm, static_arm
-from metactl.evaluation.place import Counter
+from metactl.evaluation.place import RunCounter
 from metactl.policy import Policy
 from metactl.progress import bar
 
@@ -44,13 +43,13 @@ class Options:
 def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
     """Test losses of all, and how far each is below or above the policy."""
     with (
-        closing(where_of(policies["policy"], place).open()) as shards,
+        where_of(policies["policy"], place).open() as shards,
         bar("Paired runs") as progress,
     ):
         default = shards.knobs.default_positions(1)[0]
         arms = [from_arm(each, name, default) for name, each in policies.items()]
         arms.append(static_arm("default", default))
-        count = Counter(len(arms) * place.n_tasks, progress)
+        count = RunCounter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
     return differences(played, list(combinations(played, 2)))
 

@@ -1,6 +1,7 @@
 """One recipe for training adaptive transformers: what `RunConfig` holds, checked in words."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -184,15 +185,17 @@ class RunConfig:
         return build_family(self.task, *of_data)
 
     def transformer(self) -> TransformerConfig:
-        return TransformerConfig(
-            vocab_size=FAMILIES[self.task].vocabulary,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            context=self.context,
-            feed_forward=self.feed_forward,
-            rotation=self.rotation,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the base, which is where a knob begins
+            return TransformerConfig(
+                vocab_size=FAMILIES[self.task].vocabulary,
+                d_model=self.d_model,
+                n_layers=self.n_layers,
+                n_heads=self.n_heads,
+                context=self.context,
+                feed_forward=self.feed_forward,
+                rotation=self.rotation,
+            )
 
 
 def _require_device(name: str) -> None:

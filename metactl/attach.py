@@ -56,7 +56,7 @@ class Controller:
         >>> from metactl.controllers import Schedule
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> half_way = Schedule(np.array([0.0, 1.0]), np.array([[0.5], [0.5]]), 2)
+        >>> half_way = Schedule(np.array([0.0, 1.0]), np.array([[0.5], [0.5]]))
         >>> controller = Controller(half_way, n_control_steps=2)
         >>> controller.attach(
         ...     model, optimizer, total_steps=4, knobs=["dropout"], example=torch.ones(1, 4)

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from metactl.evaluation import (
     static_arm,
     summarise,
 )
-from metactl.evaluation.place import Counter
+from metactl.evaluation.place import RunCounter
 from metactl.policy import Policy
 from metactl.progress import Progress, bar, console
 from metactl.report import draw_compared, gap_sentence, paired_table
@@ -131,10 +130,10 @@ def _larger(policy: Policy, plan: DemoPlan, progress: Progress) -> dict[str, Any
     env_id, options = deployment(policy, {"d_model": plan.d_model, "n_layers": plan.n_layers})
     n_envs = max(1, plan.n_larger_tasks // 2)
     where = Where(env_id=env_id, options=options, n_envs=n_envs, n_workers=default_workers())
-    with closing(where.open()) as shards:
+    with where.open() as shards:
         default = shards.knobs.default_positions(1)[0]
         arms = [static_arm("default", default), policy_arm(policy, default)]
-        count = Counter(len(arms) * plan.n_larger_tasks, progress)
+        count = RunCounter(len(arms) * plan.n_larger_tasks, progress)
         count(0)
         return summarise(play_arms(shards, arms, plan.n_larger_tasks, plan.seed, count))
 

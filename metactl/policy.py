@@ -146,14 +146,15 @@ class Policy:
             observation: `[n_runs, n_observations]`, in the order of `card.observations`.
         """
         weights = self._members
-        x = (observation[None] - weights["mean"][:, None]) / weights["std"][:, None]
-        x = np.clip(x, -self.card.clip, self.card.clip)
-        for i in range(self._n_layers):
-            # einsum, not a matrix product: one row's action must not depend on how many rows.
-            x = np.einsum("mri,moi->mro", x, weights[f"weight_{i}"])
-            x = x + weights[f"bias_{i}"][:, None]
-            if i < self._n_layers - 1:
-                x = np.tanh(x)
+        with np.errstate(over="ignore", invalid="ignore"):  # an action not finite moves nothing
+            x = (observation[None] - weights["mean"][:, None]) / weights["std"][:, None]
+            x = np.clip(x, -self.card.clip, self.card.clip)
+            for i in range(self._n_layers):
+                # einsum, not a matrix product: one row's action must not depend on how many rows.
+                x = np.einsum("mri,moi->mro", x, weights[f"weight_{i}"])
+                x = x + weights[f"bias_{i}"][:, None]
+                if i < self._n_layers - 1:
+                    x = np.tanh(x)
         actions: np.ndarray = np.clip(x, -1.0, 1.0).mean(axis=0)
         return actions
 
@@ -249,7 +250,12 @@ class Policy:
             )
         try:
             weights = load_tensors(blob)
-        except (SafetensorError, ValueError, KeyError) as error:
+        except KeyError as error:  # a type that NumPy does not have
+            raise PolicyError(
+                f"Policy {str(folder)!r} has weights of type {error.args[0]}; F32 and F64 can be "
+                f"read"
+            ) from error
+        except (SafetensorError, ValueError) as error:
             raise PolicyError(f"Policy {str(folder)!r} has unreadable weights: {error}") from error
         for name, weight in weights.items():
             if np.iscomplexobj(weight):

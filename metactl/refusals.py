@@ -52,6 +52,8 @@ def refusal(kind: type, error: ValidationError, values: Mapping[str, Any]) -> st
         close = difflib.get_close_matches(str(place[-1]), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         return f"unknown key {where!r}. Known: {', '.join(known)}.{hint}"
+    if first["type"] == "missing" and isinstance(place[-1], str):
+        return f"{where} is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message if not where else f"{where}: {message}"

@@ -94,6 +94,7 @@ def play(
     episodes += [episodes[-1]] * (n_rows - n_planned)
     groups = _by_controller(planned)
     for controller, rows in groups:
+        controller.keep_pace(loop.config.n_control_steps)
         controller.begin(loop.codec, len(rows))
     observation = loop.reset(list(range(n_rows)), episodes)
     untrained = loop.run.evaluate("test")

@@ -160,6 +160,8 @@ def kind_of(record: Path) -> str | None:
 def _read_record(record: Path) -> tuple[str, Any]:
     held = yaml.safe_load(read_bytes(record, _LARGEST))
     held["versions"]  # which a foreign file of that name has not
+    if not isinstance(held["config"], Mapping):
+        raise ValueError("config holds no keys")
     return str(held["kind"]), held["config"]
 
 

@@ -21,11 +21,14 @@ from metactl.rollout import Between, PlannedRun, PlayedRun, play
 from metactl.worker import Build, ProcessWorker, Worker
 
 _OWN_PACKAGES = ("envs", "models")
+_OF_GYMNASIUM = {"id", "num_envs", "vectorization_mode", "vector_kwargs", "wrappers"}
 
 
 def make_population(env_id: str, n_envs: int, options: Mapping[str, Any]) -> TrainingRunVectorEnv:
     """A vector environment by id, with a clear word when Python finds the wrong package."""
     require_own_package(env_id.partition(":")[0])
+    if taken := sorted(set(options) & _OF_GYMNASIUM):
+        raise ConfigError(f"{env_id}: unknown option {taken[0]!r}")
     try:
         env = gymnasium.make_vec(env_id, num_envs=n_envs, **options).unwrapped
     except gymnasium.error.Error as error:

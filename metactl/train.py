@@ -30,7 +30,7 @@ from metactl.worker import ProcessWorker, ShardError, Worker
 logger = logging.getLogger(__name__)
 
 
-_SEED_BITS = 31 - SEED_BITS  # environment seeds of one training seed: two seeds share no task
+_TASK_BITS = 31 - SEED_BITS  # environment seeds of one training seed: two seeds share no task
 _CALIBRATION_SEED = 1 << 15  # the upper half of them
 
 
@@ -110,7 +110,7 @@ def train(
             raise RunDirectoryError(f"{str(run_dir)!r} holds no intact checkpoint to resume")
         else:
             scales, env.reward_unit = _calibrate(model, env)
-            env.seed(config.seed << _SEED_BITS)
+            env.seed(config.seed << _TASK_BITS)
             model._last_obs = env.reset()
             model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         shards.call("set_reward_scale", [(scale,) for scale in scales])
@@ -192,7 +192,7 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
     about = env.shards.describe()
     n_knobs = len(about["knobs"])
     env.shards.call_all("set_reward_scale", 1.0)
-    env.seed(((model.seed or 0) << _SEED_BITS) + _CALIBRATION_SEED)
+    env.seed(((model.seed or 0) << _TASK_BITS) + _CALIBRATION_SEED)
     rng = np.random.default_rng(model.seed)
     resting = np.arange(env.num_envs) % 2 == 0
     observations: list[Any] = [env.reset()]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from metactl.arrays import from_json, to_json
+from metactl.episodes import ControlConfig
 from metactl.homeostasis import SetPoints
 from metactl.signals import Codec
 
@@ -23,17 +24,19 @@ class BaseController(abc.ABC):
             factor of 1.22).
         set_points: Of healthy runs, where it knows them: by these the guard sees a run leave its
             balance before the loss does.
+        share: Fraction of a run that a control step covers.
     """
 
     band: float = 0.2
     set_points: SetPoints | None = None
+    share: float = 1 / ControlConfig.n_control_steps
     codec: Codec
     n_runs: int
     memory: tuple[str, ...] = ()
 
     def keep_pace(self, n_control_steps: int) -> None:
-        """Is told, before `begin`, how many control steps the runs have."""
-        return  # most do not care
+        """Is told, before `begin`, how many control steps the runs have; 40 if nobody tells."""
+        self.share = 1 / n_control_steps
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         """Prepares for `n_runs` new runs whose observations `codec` puts together."""
@@ -67,13 +70,19 @@ class BaseController(abc.ABC):
         """The actions that move nothing."""
         return np.zeros((self.n_runs, len(self.codec.knobs)))
 
-    def towards(self, target: np.ndarray, observation: np.ndarray, progress: float) -> np.ndarray:
+    def only(self, knob: str, moves: np.ndarray) -> np.ndarray:
+        """The actions that move one knob by `moves`, `[n_runs]`; none, where a run lacks it."""
+        actions = self.hold()
+        if knob in self.codec.knobs.names:
+            actions[:, self.codec.knobs.names.index(knob)] = moves
+        return actions
+
+    def towards(self, target: np.ndarray, observation: np.ndarray) -> np.ndarray:
         """The actions that bring knobs to `target` positions, as far as one step reaches.
 
         Args:
             target: `[n_runs, n_knobs]` in [0, 1].
             observation: Where the knobs are now.
-            progress: Fraction of the run that a control step covers.
         """
-        largest = self.codec.knobs.max_moves * progress
+        largest = self.codec.knobs.max_moves * self.share
         return np.clip((target - self.codec.positions(observation)) / largest, -1, 1)

@@ -33,7 +33,6 @@ class Guard(BaseController):
             a recovery; by default the controller's.
         drive_band: Rise of the drive that is tolerated, as a factor; in balance it counts as 1.
         patience: Control steps at the last good knobs before the defaults are tried.
-        n_control_steps: Decisions per run.
         strict: Let the controller's exceptions through.
 
     Attributes:
@@ -49,17 +48,15 @@ class Guard(BaseController):
         band: float | None = None,
         drive_band: float = 10.0,
         patience: int = 4,
-        n_control_steps: int = 40,
         strict: bool = False,
     ) -> None:
         self.controller, self.patience = controller, patience
         self.band = controller.band if band is None else band
         self.drive_band, self.strict = drive_band, strict
-        self.share = 1 / n_control_steps
         self.failed = False
 
     def keep_pace(self, n_control_steps: int) -> None:
-        self.share = 1 / n_control_steps
+        super().keep_pace(n_control_steps)
         self.controller.keep_pace(n_control_steps)
 
     def begin(self, codec: Codec, n_runs: int) -> None:
@@ -115,7 +112,7 @@ class Guard(BaseController):
         defaults = self.codec.knobs.default_positions(self.n_runs)
         lost = self._outside > self.patience
         home = np.where(lost[:, None], defaults, self._good)
-        back = self.towards(home, observation, self.share)
+        back = self.towards(home, observation)
         self.vetoes += ~inside | ~finite
         with np.errstate(invalid="ignore"):
             rise = loss - self._best

@@ -15,5 +15,4 @@ class Replay(Schedule):
     """
 
     def __init__(self, positions: FloatArray) -> None:
-        n_control_steps = len(positions) - 1
-        super().__init__(np.linspace(0, 1, n_control_steps + 1), positions, n_control_steps)
+        super().__init__(np.linspace(0, 1, len(positions)), positions)

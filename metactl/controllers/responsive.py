@@ -44,7 +44,6 @@ class Responsive(BaseController):
         self._moved = np.zeros(n_runs, dtype=bool)  # since the last improvement
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        actions = self.hold()
         loss = self.codec.read(observation, "signal/train_level").astype(np.float64)
         first = np.isnan(self._smoothed)
         mixed = self._smoothed + self.smoothing * (loss - self._smoothed)
@@ -54,9 +53,7 @@ class Responsive(BaseController):
         self._waited = np.where(improved, 0, self._waited + 1)
         due = self._waited >= self.patience
         self._direction = np.where(due & self._moved, -self._direction, self._direction)
-        if self.knob in self.codec.knobs.names:
-            column = self.codec.knobs.names.index(self.knob)
-            actions[:, column] = np.where(due, self.step * self._direction, 0.0)
+        move = np.where(due, self.step * self._direction, 0.0)
         self._moved = np.where(improved, False, self._moved | due)
         self._waited = np.where(due, 0, self._waited)
-        return actions
+        return self.only(self.knob, move)

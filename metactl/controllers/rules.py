@@ -23,8 +23,7 @@ class Plateau(BaseController):
     def __init__(
         self, knob: str = "learning_rate_multiplier", *, patience: int = 3, tolerance: float = 0.002
     ) -> None:
-        self.moves = (knob,)
-        self.patience, self.tolerance = patience, tolerance
+        self.knob, self.patience, self.tolerance = knob, patience, tolerance
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
@@ -36,11 +35,7 @@ class Plateau(BaseController):
         improved = loss < self._best - self.tolerance
         self._best = np.where(improved, loss, self._best)
         self._waited = np.where(improved, 0, self._waited + 1)
-        actions = self.hold()
-        for name in set(self.moves) & set(self.codec.knobs.names):
-            column = self.codec.knobs.names.index(name)
-            actions[:, column] = np.where(self._waited >= self.patience, -1.0, 0.0)
-        return actions
+        return self.only(self.knob, np.where(self._waited >= self.patience, -1.0, 0.0))
 
 
 class GapDriven(BaseController):
@@ -53,18 +48,14 @@ class GapDriven(BaseController):
     """
 
     def __init__(self, knob: str = "dropout", *, low: float = 0.02, high: float = 0.08) -> None:
-        self.moves = (knob,)
-        self.low, self.high = low, high
+        self.knob, self.low, self.high = knob, low, high
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         gap = self.codec.read(observation, "signal/generalisation_gap") / GAP_SCALE
         probed = self.codec.read(observation, "has/probe_loss") > 0
         measured = self.begun(observation) & probed
         move = (gap > self.high).astype(np.float64) - (gap < self.low)
-        actions = self.hold()
-        for name in set(self.moves) & set(self.codec.knobs.names):
-            actions[:, self.codec.knobs.names.index(name)] = np.where(measured, move, 0.0)
-        return actions
+        return self.only(self.knob, np.where(measured, move, 0.0))
 
 
 class Together(BaseController):
@@ -76,7 +67,11 @@ class Together(BaseController):
 
     def __init__(self, *controllers: Plateau | GapDriven) -> None:
         self.controllers = controllers
-        self.moves = tuple(name for each in controllers for name in each.moves)
+
+    def keep_pace(self, n_control_steps: int) -> None:
+        super().keep_pace(n_control_steps)
+        for controller in self.controllers:
+            controller.keep_pace(n_control_steps)
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)

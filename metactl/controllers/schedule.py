@@ -13,20 +13,15 @@ class Schedule(BaseController):
     Args:
         progress: Increasing points in [0, 1].
         positions: `[len(progress), n_knobs]` in [0, 1].
-        n_control_steps: Decisions per run.
     """
 
-    def __init__(self, progress: FloatArray, positions: FloatArray, n_control_steps: int) -> None:
+    def __init__(self, progress: FloatArray, positions: FloatArray) -> None:
         self.progress, self.positions = np.asarray(progress), np.asarray(positions)
         if len(self.progress) != len(self.positions) or np.any(np.diff(self.progress) <= 0):
             raise ValueError(
                 f"A schedule needs one row of positions per increasing point of progress, got "
                 f"{len(self.progress)} points and {len(self.positions)} rows"
             )
-        self.keep_pace(n_control_steps)
-
-    def keep_pace(self, n_control_steps: int) -> None:
-        self.share = 1 / n_control_steps
 
     def begin(self, codec: Codec, n_runs: int) -> None:
         super().begin(codec, n_runs)
@@ -43,4 +38,4 @@ class Schedule(BaseController):
         return np.stack(columns, axis=1)
 
     def act(self, observation: np.ndarray) -> np.ndarray:
-        return self.towards(self.wanted(observation), observation, self.share)
+        return self.towards(self.wanted(observation), observation)

@@ -28,6 +28,7 @@ class WithSignalsOf(BaseController):
         self.band, self.set_points = controller.band, controller.set_points
 
     def keep_pace(self, n_control_steps: int) -> None:
+        super().keep_pace(n_control_steps)
         self.controller.keep_pace(n_control_steps)
 
     def begin(self, codec: Codec, n_runs: int) -> None:

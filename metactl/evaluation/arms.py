@@ -147,42 +147,39 @@ def chosen_arm(knobs: KnobSet, setting: Mapping[str, float]) -> Arm:
     return static_arm(name, knobs.positions(setting, 1)[0])
 
 
-def rule_arm(positions: FloatArray) -> Arm:
-    """The loss-driven rule."""
-    return Arm(name="responsive rule", positions=positions, controllers=(Responsive(),))
+def rule_arms(knobs: KnobSet, positions: FloatArray, *, further: bool = False) -> list[Arm]:
+    """Rules: by the loss, and what practitioners do by hand where the run has the knob for it.
 
-
-def more_rule_arms(knobs: KnobSet, positions: FloatArray) -> list[Arm]:
-    """What practitioners do by hand, where the run has the knob for it."""
+    Args:
+        knobs: Of the run.
+        positions: Where they begin, `[n_knobs]` in [0, 1].
+        further: Also by single losses, without patience; and a span that warms up.
+    """
     plateau, gap = Plateau("learning_rate_multiplier"), GapDriven("dropout")
-    rules: dict[str, Plateau | GapDriven | Together] = {
-        "plateau rule (learning rate)": plateau,
-        "gap rule (dropout)": gap,
-        "plateau and gap rules": Together(plateau, gap),
+    rules: dict[str, tuple[BaseController, *tuple[str, ...]]] = {
+        "responsive rule": (Responsive(),),
+        "plateau rule (learning rate)": (plateau, plateau.knob),
+        "gap rule (dropout)": (gap, gap.knob),
+        "plateau and gap rules": (Together(plateau, gap), plateau.knob, gap.knob),
     }
-    return [
+    if further:
+        hasty = Responsive(patience=1, smoothing=1.0, tolerance=0.0)
+        rules["responsive rule, no smoothing"] = (hasty,)
+    arms = [
         Arm(name=name, positions=positions, controllers=(rule,))
-        for name, rule in rules.items()
-        if set(rule.moves) <= set(knobs.names)
+        for name, (rule, *needed) in rules.items()
+        if set(needed) <= set(knobs.names)
     ]
-
-
-def further_rule_arms(knobs: KnobSet, positions: FloatArray, n_control_steps: int) -> list[Arm]:
-    """The loss-driven rule by single losses, without patience; and a span that warms up."""
-    hasty = Responsive(patience=1, smoothing=1.0, tolerance=0.0)
-    name = "responsive rule, no smoothing"
-    arms = [Arm(name=name, positions=positions, controllers=(hasty,))]
-    if "attention_span" in knobs.names:
-        arms.append(_window_warm_up(knobs, positions, n_control_steps))
+    if further and "attention_span" in knobs.names:
+        arms.append(_window_warm_up(knobs, positions))
     return arms
 
 
-def _window_warm_up(knobs: KnobSet, positions: FloatArray, n_control_steps: int) -> Arm:
+def _window_warm_up(knobs: KnobSet, positions: FloatArray) -> Arm:
     """A span that grows over the first half of a run, from its smallest to where it is set."""
     narrow = positions.copy()
     narrow[knobs.names.index("attention_span")] = 0.0
-    course = np.stack([narrow, positions, positions])
-    schedule = Schedule(np.array([0.0, 0.5, 1.0]), course, n_control_steps)
+    schedule = Schedule(np.array([0.0, 0.5, 1.0]), np.stack([narrow, positions, positions]))
     return Arm(name="window warm-up (span)", positions=narrow, controllers=(schedule,))
 
 
@@ -225,7 +222,7 @@ def knob_arms(policy: Policy, knobs: KnobSet, positions: FloatArray) -> list[Arm
 
 def _guarded(policy: Policy, controller: BaseController | None = None) -> Guard:
     inside = Learned(policy) if controller is None else controller
-    return Guard(inside, n_control_steps=policy.card.n_control_steps)
+    return Guard(inside)
 
 
 def other_seed_arm(policy: Policy, positions: FloatArray) -> Arm:

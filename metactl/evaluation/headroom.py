@@ -6,7 +6,6 @@ settings on one run also has that run's luck.
 """
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from metactl.deployment import for_task
 from metactl.evaluation.arms import Results, play_arms, static_arm, static_grid
-from metactl.evaluation.place import Counter, Where
+from metactl.evaluation.place import RunCounter, Where
 from metactl.evaluation.search import Search, best_schedule
 from metactl.evaluation.summary import column
 from metactl.knobs import FloatArray, KnobSet
@@ -65,7 +64,7 @@ def headroom(
         where there is something to gain. `run_to_run` is how far two runs of the best static
         setting on one task lie apart on average.
     """
-    with closing(where.open()) as shards:
+    with where.open() as shards:
         about = shards.describe()
         knobs = KnobSet(about["knobs"])
         default = knobs.default_positions(1)[0]
@@ -76,12 +75,12 @@ def headroom(
         arms = [static_arm(name, point) for name, point in points.items()]
         repeated = [replace(arm, other_seed=True) for arm in arms]
         total = n_tasks * (2 * len(arms) + (schedule_runs > 0)) + schedule_runs
-        count = Counter(total, progress)
+        count = RunCounter(total, progress)
         chosen_on = play_arms(shards, arms, n_tasks, seed, count)
         scored_on = play_arms(shards, repeated, n_tasks, seed, count)
         best = _best_on_average(chosen_on, list(points))
         if schedule_runs:
-            with closing(where.open(split="meta_train")) as training:
+            with where.open(split="meta_train") as training:
                 search = Search(
                     shards=training,
                     positions=points[best],

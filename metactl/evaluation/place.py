@@ -38,7 +38,7 @@ class Where:
         return ShardRow(*place) if self.folder is None else KeepingRow(self.folder, *place)
 
 
-class Counter:
+class RunCounter:
     """Counts finished runs for a progress bar."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:

@@ -83,12 +83,11 @@ class Search:
 
 def best_schedule(search: Search) -> Arm:
     """The best open-loop schedule: positions at four points of progress, linear in between."""
-    n_control_steps = search.shards.describe()["n_control_steps"]
     positions = search.positions
 
     def make(vector: FloatArray) -> Schedule:
         knots = np.concatenate((positions[None], vector.reshape(len(KNOTS), -1)))
-        return Schedule(np.concatenate(([0.0], KNOTS)), knots, n_control_steps)
+        return Schedule(np.concatenate(([0.0], KNOTS)), knots)
 
     start = np.tile(positions, len(KNOTS)).clip(0.1, 0.9)
     found = search.best(lambda v, _: (make(v),), start, spread=_SPREAD, bounds=(0.0, 1.0))
@@ -105,7 +104,6 @@ def best_told_schedule(search: Search, found: Arm, known: FloatArray) -> Arm:
     """
     (untold,) = found.controllers
     assert isinstance(untold, Schedule)
-    n_control_steps = round(1 / untold.share)
     usual = known_of_tasks(search.shards, _N_KNOWN, search.seed)
     middle, spread = usual.mean(axis=0), spread_of(usual)
 
@@ -113,10 +111,8 @@ def best_told_schedule(search: Search, found: Arm, known: FloatArray) -> Arm:
         knots = vector.reshape(1 + known.shape[1], len(KNOTS), -1)
         told = knots[0] + np.tensordot((tasks - middle) / spread, knots[1:], 1)
         begin = untold.positions[:1]
-        return [
-            Schedule(untold.progress, np.concatenate((begin, own)), n_control_steps)
-            for own in told.clip(0, 1)
-        ]
+        told = told.clip(0, 1)
+        return [Schedule(untold.progress, np.concatenate((begin, own))) for own in told]
 
     @cache  # all candidates of a generation ask for the same
     def known_there(seed: int) -> FloatArray:

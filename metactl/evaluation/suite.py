@@ -1,7 +1,6 @@
 """Is a policy worth having, is it feedback, does it hold when something goes wrong?"""
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,16 +14,14 @@ from metactl.evaluation.arms import (
     Results,
     chosen_arm,
     from_arm,
-    further_rule_arms,
     knob_arms,
     known_of_tasks,
-    more_rule_arms,
     other_seed_arm,
     play_arms,
     policy_arm,
     random_arm,
     replay_arm,
-    rule_arm,
+    rule_arms,
     static_arm,
     static_grid,
     swapped_arms,
@@ -34,7 +31,7 @@ from metactl.evaluation.arms import (
 from metactl.evaluation.bandit import promising
 from metactl.evaluation.disturbed import disturbed_summary
 from metactl.evaluation.pbt import Explore, check_populations, perturbed, play_pbt
-from metactl.evaluation.place import Counter, Where
+from metactl.evaluation.place import RunCounter, Where
 from metactl.evaluation.search import (
     Search,
     best_linear_policy,
@@ -135,7 +132,7 @@ def evaluate(
     """
     n = plan.n_tasks
     _require_feasible(plan, where)
-    with closing(where.open()) as shards:
+    with where.open() as shards:
         about = shards.describe()
         for name, each in {"policy": policy, **plan.rivals}.items():
             if about["n_control_steps"] != each.card.n_control_steps:
@@ -154,7 +151,7 @@ def evaluate(
         n_settings, is_known = len(grid) + len(chosen), bool(known.shape[1])
         searches = plan.schedule_runs * (1 + is_known) + plan.linear_runs
         total = _n_runs(plan, movers, n_settings, len(single), told=is_known) + searches
-        count = Counter(total, progress)
+        count = RunCounter(total, progress)
         found, linear = _searched(policy, where, plan, default, known, count)
         results = play_arms(shards, [*grid, *chosen, *single], n, plan.seed, count)
         begun, blind = movers.play(default, found, count)
@@ -184,7 +181,7 @@ def evaluate(
     if plan.disturbed:
         arms = [*movers.arms(default), *blind, *found]
         arms.append(static_arm("best static", results["best static"][0].positions[0]))
-        with closing(where.open(disturb=1.0)) as shards:
+        with where.open(disturb=1.0) as shards:
             befallen = play_arms(shards, arms, n, plan.seed, count)
         summary["disturbed"] = disturbed_summary(befallen, results, policy.card.set_points, names)
     return Evaluation(results=results, summary=summary, linear=linear)
@@ -209,14 +206,14 @@ class _Movers:
     def arms(self, start: FloatArray) -> list[Arm]:
         """What sees its run: the policy, the rules, the rivals."""
         knobs = KnobSet(self.about["knobs"])
-        arms = [policy_arm(self.policy, start), rule_arm(start), *more_rule_arms(knobs, start)]
-        if self.plan.controls:
+        controls = self.plan.controls
+        arms = [policy_arm(self.policy, start), *rule_arms(knobs, start, further=controls)]
+        if controls:
             arms.append(unguarded_arm(self.policy, start))
-            arms += further_rule_arms(knobs, start, self.about["n_control_steps"])
         return arms + [from_arm(rival, name, start) for name, rival in self.plan.rivals.items()]
 
     def play(
-        self, start: FloatArray, found: Sequence[Arm], count: Counter
+        self, start: FloatArray, found: Sequence[Arm], count: RunCounter
     ) -> tuple[Results, list[Arm]]:
         """Results of all, and the arms that do the same whatever befalls a run.
 
@@ -288,11 +285,11 @@ def _tuned_beforehand(
     settings: Sequence[Arm],
     results: Results,
     known: FloatArray,
-    count: Counter,
+    count: RunCounter,
 ) -> Results:
     """The static settings that are best on as many tasks of meta-training."""
     tasks = (plan.n_tasks, plan.seed + _TUNING)
-    with closing(where.open(split="meta_train")) as training:
+    with where.open(split="meta_train") as training:
         played = play_arms(training, settings, *tasks, count)
         known_there = known_of_tasks(training, *tasks)
     return chosen_beforehand(played, known_there, results, known)
@@ -304,14 +301,14 @@ def _searched(
     plan: EvaluationPlan,
     start: FloatArray,
     known: FloatArray,
-    count: Counter,
+    count: RunCounter,
 ) -> tuple[list[Arm], Policy | None]:
     """What searches on the tasks of meta-training come to, and the linear policy among it."""
     found: list[Arm] = []
     linear = None
     if not (plan.schedule_runs or plan.linear_runs):
         return found, linear
-    with closing(where.open(split="meta_train")) as training:
+    with where.open(split="meta_train") as training:
 
         def search(n_runs: int) -> Search:
             return Search(

@@ -91,7 +91,8 @@ def test_who_is_told_of_a_raised_rate_lowers_it_while_it_lasts_and_then_comes_ba
     knob = Knob(name=disturbed.RATE, low=0.1, high=10.0, default=1.0, scale="log2")
     knobs = KnobSet([knob])
     codec, positions, seen = Codec(knobs), knobs.default_positions(1), []
-    told = disturbed.Told(Static(), begins=0.21, ends=0.28, factor=10.0, n_control_steps=40)
+    told = disturbed.Told(Static(), begins=0.21, ends=0.28, factor=10.0)
+    told.keep_pace(40)
     told.begin(codec, 1)
     for _ in range(40):
         observation = np.zeros((1, len(codec.names)))

@@ -1,6 +1,7 @@
 """The options of a run: which are refused, in what words, and which knobs they leave."""
 
 import re
+import warnings
 
 import pytest
 
@@ -19,6 +20,12 @@ def test_all_types_that_a_value_may_have_are_said(horizon):
     words = rf"horizon must be a whole number or a list of 2 whole numbers, got {horizon!r}"
     with pytest.raises(ValueError, match=re.escape(words)):
         build_run(1, {"horizon": horizon, "compile": "perhaps"})
+
+
+def test_a_base_that_is_a_knob_may_begin_below_the_useful_bound_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RunConfig(context=4096).transformer().context == 4096
 
 
 @pytest.mark.parametrize("unique_bytes", [3, [], [1, "y"], [1, 2, 3]])

@@ -162,7 +162,7 @@ def test_a_damaged_state_is_refused_in_words(damage):
 
 
 def test_a_schedule_of_other_knobs_is_refused():
-    narrow = Schedule(np.array([0.0, 1.0]), np.array([[0.5], [0.5]]), 6)
+    narrow = Schedule(np.array([0.0, 1.0]), np.array([[0.5], [0.5]]))
     with pytest.raises(AttachError, match=r"one column of positions per knob, 3 of them, got"):
         Loop(Controller(narrow, n_control_steps=6))
 

@@ -201,9 +201,9 @@ def test_a_state_taken_before_the_norm_is_corrected_changes_nothing():
     assert meter.state_dict() == taken
 
 
-@pytest.mark.parametrize(("total", "made_for"), [(24, 6), (4, 6), (24, 40)])
-def test_a_schedule_keeps_the_pace_of_the_run_it_is_on(total, made_for):
-    constant = Schedule(np.array([0.0, 1.0]), np.full((2, 1), 0.5), made_for)
+@pytest.mark.parametrize("total", [24, 4])
+def test_a_schedule_keeps_the_pace_of_the_run_it_is_on(total):
+    constant = Schedule(np.array([0.0, 1.0]), np.full((2, 1), 0.5))
     loop = Loop(
         Controller(constant, n_control_steps=N), total_steps=total, knobs=["dropout"]
     ).train(total)

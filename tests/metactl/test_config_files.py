@@ -17,6 +17,7 @@ from metactl.config import (
     parse_assignment,
     read_config,
 )
+from metactl.policy import PolicyCard
 from metactl.sweep.config import Range, SweepConfig
 from models.rotary import rotation_names
 
@@ -376,6 +377,11 @@ def test_true_is_no_number(write, text, where):
 def test_true_is_no_number_in_an_optional_part_either():
     with pytest.raises(ConfigError, match=r"stop\.patience must be a number, got True"):
         parse(SweepConfig, {"space": {"seed": {"grid": [1]}}, "stop": {"patience": True}}, "here")
+
+
+def test_a_key_that_must_be_there_is_named():
+    with pytest.raises(ConfigError, match=r"^here: metactl_version is missing$"):
+        parse(PolicyCard, {"format_version": 1}, "here")
 
 
 def test_a_seed_that_shares_its_tasks_with_another_is_refused():

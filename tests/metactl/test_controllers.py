@@ -75,6 +75,13 @@ def played(controllers, n_rows=None, config=None):
     return play(loop, trials)
 
 
+def begun(controller, n_runs=1):
+    """A controller at the start of runs of `N` control steps."""
+    controller.keep_pace(N)
+    controller.begin(CODEC, n_runs)
+    return controller
+
+
 class Scripted(BaseController):
     """Answers what it is told to, or raises it."""
 
@@ -98,7 +105,7 @@ def test_a_static_controller_never_moves_a_knob():
 
 
 def test_a_schedule_is_followed_from_the_first_step_to_the_last():
-    schedule = Schedule(np.array([0.0, 0.5, 1.0]), np.array([[0.5, 0.5], [1, 0.5], [0, 1]]), N)
+    schedule = Schedule(np.array([0.0, 0.5, 1.0]), np.array([[0.5, 0.5], [1, 0.5], [0, 1]]))
     positions = played([schedule])[0].positions
     progress = np.arange(1, N + 1) / N
     expected = np.where(progress <= 0.5, 0.5 + progress, 2 - 2 * progress)
@@ -109,7 +116,17 @@ def test_a_schedule_is_followed_from_the_first_step_to_the_last():
 @pytest.mark.parametrize("progress", [[0.0, 1.0, 0.5], [0.0, 0.0, 1.0], [0.0, 1.0]])
 def test_a_schedule_needs_increasing_points_and_a_row_for_each(progress):
     with pytest.raises(ValueError, match=rf"got {len(progress)} points and 3 rows"):
-        Schedule(np.array(progress), np.zeros((3, 2)), N)
+        Schedule(np.array(progress), np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("n_control_steps", [5, 20])
+def test_whoever_plays_runs_tells_controllers_how_many_control_steps_they_have(n_control_steps):
+    schedule = Schedule(np.array([0.0, 1.0]), np.array([[0.0, 0.0], [1.0, 1.0]]))
+    both = [Guard(schedule), WithSignalsOf(schedule, [], np.zeros((n_control_steps, 0)))]
+    config = ControlConfig(n_control_steps=n_control_steps)
+    for run in played(both, config=config):
+        moved = np.arange(1, n_control_steps + 1) / n_control_steps
+        np.testing.assert_allclose(run.positions[-3:], np.stack([moved, moved], 1)[-3:], atol=1e-6)
 
 
 def test_a_replay_reproduces_a_recorded_trajectory():
@@ -132,9 +149,9 @@ def test_random_moves_are_reproducible_and_differ_between_seeds():
         Responsive("a", patience=2),
         Plateau("a"),
         Together(Plateau("a"), GapDriven("b")),
-        Guard(Responsive("a", patience=2), n_control_steps=N),
+        Guard(Responsive("a", patience=2)),
         Learned(policy()),
-        Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]]), N),
+        Schedule(np.array([0.0, 1.0]), np.array([[0, 0], [1, 1]])),
     ],
     ids=lambda controller: type(controller).__name__,
 )
@@ -221,16 +238,13 @@ def test_rules_together_move_each_their_own_and_go_on_where_they_were():
     assert [left.act(seen).tolist() for _ in range(2)] == [[[0, 1]]] * 2
     right.load_state_dict(left.state_dict())
     assert left.act(seen).tolist() == right.act(seen).tolist() == [[-1, 1]]
-    assert left.moves == ("a", "b")
 
 
 # The guard -------------------------------------------------------------------------------------
 
 
 def guarded(answer, **options):
-    guard = Guard(Scripted(answer), n_control_steps=N, **options)
-    guard.begin(CODEC, 1)
-    return guard
+    return begun(Guard(Scripted(answer), **options))
 
 
 def test_the_guard_passes_on_sound_actions_within_bounds():
@@ -241,8 +255,7 @@ def test_the_guard_passes_on_sound_actions_within_bounds():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_an_action_that_is_no_number_holds_that_run_only(bad):
-    guard = Guard(Scripted(np.array([[bad, 0.5], [0.25, 0.5]])), n_control_steps=N)
-    guard.begin(CODEC, 2)
+    guard = begun(Guard(Scripted(np.array([[bad, 0.5], [0.25, 0.5]]))), 2)
     assert guard.act(np.repeat(observation(), 2, axis=0)).tolist() == [[0, 0], [0.25, 0.5]]
     assert guard.vetoes.tolist() == [1, 0]
 
@@ -322,8 +335,7 @@ def test_the_guard_takes_over_when_the_vitals_leave_their_balance_before_the_los
     scripted.set_points = SetPoints(
         progress=(0.0, 1.0), medians={"update_ratio": (0, 0)}, half_widths={"update_ratio": (1, 1)}
     )
-    guard = Guard(scripted, n_control_steps=N, drive_band=4.0, patience=0)
-    guard.begin(CODEC, 1)
+    guard = begun(Guard(scripted, drive_band=4.0, patience=0))
 
     def act(update_ratio, positions=(0.9, 0.9), level=-0.49):
         seen = {"signal__update_ratio": update_ratio, "has__update_ratio_median": 1.0}
@@ -342,8 +354,7 @@ def test_a_run_that_never_was_like_those_of_the_set_points_is_left_to_its_contro
     scripted.set_points = SetPoints(
         progress=(0.0, 1.0), medians={"update_ratio": (0, 0)}, half_widths={"update_ratio": (1, 1)}
     )
-    guard = Guard(scripted, n_control_steps=N)
-    guard.begin(CODEC, 1)
+    guard = begun(Guard(scripted))
     guard.act(observation(signal__progress=-1.0))
     for level in (0.05, *np.linspace(0, -1, 8), -0.99):  # the first loss is no new best
         seen = {"signal__update_ratio": -7.0, "has__update_ratio_median": 1.0}
@@ -357,7 +368,7 @@ def test_a_guarded_controller_that_diverges_alone_keeps_its_run_alive():
         def act(self, observation):
             return np.array([[np.nan, np.nan]])
 
-    result = played([Guard(Reckless(None), n_control_steps=N)])[0]
+    result = played([Guard(Reckless(None))])[0]
     assert not result.diverged
     assert (result.positions == result.positions[0]).all()
 

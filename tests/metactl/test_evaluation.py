@@ -94,7 +94,7 @@ def test_arms_of_one_task_differ_by_what_moves_their_knobs_alone(shards):
 
 
 def test_a_controller_for_each_task_plays_its_own(shards):
-    targets = [Schedule(np.array([0.0, 1.0]), np.full((2, 2), x), N) for x in (0.1, 0.9)]
+    targets = [Schedule(np.array([0.0, 1.0]), np.full((2, 2), x)) for x in (0.1, 0.9)]
     played = play_arms(shards, [Arm(name="a", positions=DEFAULT, controllers=targets)], 2, 0)["a"]
     assert [run.positions[-1, 0] for run in played] == pytest.approx([0.1, 0.9])
 
@@ -308,7 +308,7 @@ def test_an_environment_without_the_option_is_named():
 
 
 def test_moves_of_a_schedule_are_explained_by_progress_and_random_ones_are_not(shards):
-    schedule = Schedule(np.array([0.0, 0.3, 1.0]), np.array([[0.5, 0.5], [1, 0.5], [0, 0.5]]), N)
+    schedule = Schedule(np.array([0.0, 0.3, 1.0]), np.array([[0.5, 0.5], [1, 0.5], [0, 0.5]]))
     arms = [
         Arm(name="schedule", positions=DEFAULT, controllers=(schedule,)),
         random_arm(DEFAULT, 40, 0),

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -307,13 +308,23 @@ def test_weights_of_another_type_are_read(folder, dtype):
     assert Policy.load(folder).weights["mean"].tolist() == [1.0] * N_SEEN
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_weights_of_a_type_that_numpy_lacks_are_refused(folder, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float8_e4m3fn, "F8_E4M3")]
+)
+def test_weights_of_a_type_that_numpy_lacks_are_refused(folder, dtype, name):
     weights = {k: torch.ones(v.shape).to(dtype) for k, v in make_policy().weights.items()}
     reseal(folder, save_torch_tensors(weights))
-    with pytest.raises(PolicyError) as error:
+    with pytest.raises(PolicyError, match=rf"weights of type {name}; F32 and F64") as error:
         Policy.load(folder)
     assert str(folder) in str(error.value)
+
+
+def test_weights_too_large_to_multiply_act_without_a_warning():
+    weights = {name: np.full_like(value, 1e308) for name, value in make_policy().weights.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actions = Policy(make_policy().card, weights).act(np.full((2, N_SEEN), -1.0))
+    assert actions.shape == make_policy().act(np.zeros((2, N_SEEN))).shape
 
 
 class Trap:

@@ -89,7 +89,9 @@ def test_resuming_another_command_names_both(tmp_path):
         open_run_directory(tmp_path, "train", CONFIG, resume=True)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "a: [", "kind: train", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "a: [", "kind: train", "\0", "{versions: 1, kind: train, config: 7}"]
+)
 def test_a_damaged_record_cannot_be_resumed(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"config\.yaml' is damaged"):

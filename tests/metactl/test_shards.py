@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from toy_plant import TOY
 
+from metactl.config import ConfigError
 from metactl.controllers import RandomMoves, Static
 from metactl.errors import WorkerDied
 from metactl.rollout import PlannedRun
@@ -110,6 +111,12 @@ def test_a_refused_option_says_the_same_from_a_worker_as_from_this_process(optio
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert next(iter(options)) in messages[0]
+
+
+@pytest.mark.parametrize("name", ["num_envs", "vectorization_mode", "wrappers"])
+def test_what_gymnasium_itself_takes_is_no_option_of_an_environment(name):
+    with pytest.raises(ConfigError, match=rf"unknown option '{name}'"):
+        make_population(ID, 1, {**OPTIONS, name: 2})
 
 
 def kill(worker):
