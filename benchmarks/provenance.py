@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from metactl.files import write_atomically
 from metactl.shards import default_workers
 
 
@@ -35,4 +36,4 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def write(path: Path, figures: dict[str, Any], device: str = "cpu") -> None:
     """Writes figures as JSON, with the machine and the commit that they are of."""
     figures = {**figures, "machine": machine(device), "commit": commit()}
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(figures, indent=2) + "\n").encode())

@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import save
 
 from metactl.board import Board
-from metactl.controllers import Static
 from metactl.env import Step
-from metactl.evaluation import paired_episodes, policy_arm, summarise
+from metactl.evaluation import planned_runs, policy_arm, static_arm, summarise
 from metactl.files import write_atomically
 from metactl.homeostasis import Balance
 from metactl.log import TAGS
 from metactl.policy import Policy
 from metactl.progress import Progress
-from metactl.rollout import PlannedRun, PlayedRun, play
+from metactl.rollout import PlayedRun, play
 from metactl.run import TrainingRun
 from metactl.shards import make_population
 
@@ -69,12 +68,8 @@ def apply_policy(
     env = make_population(env_id, n_runs * (2 if compare else 1), options)
     loop = env.loop
     default = loop.knobs.default_positions(1)[0]
-    episodes = paired_episodes(n_runs, seed, default)
-    arm = policy_arm(policy, default)
-    planned = [PlannedRun(arm="policy", episode=e, controller=arm.controllers[0]) for e in episodes]
-    if compare:
-        static = Static()
-        planned += [PlannedRun(arm="default", episode=e, controller=static) for e in episodes]
+    twins_too = [static_arm("default", default)] if compare else []
+    planned = planned_runs([policy_arm(policy, default), *twins_too], n_runs, seed)
     total = loop.config.n_control_steps
     begin = np.repeat(default[None], n_runs, axis=0)
     balance = Balance(policy.card.set_points, loop.codec, begin)

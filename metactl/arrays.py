@@ -1,6 +1,7 @@
 """Numbers and arrays as JSON values and back, exactly; JSON has no word for infinity or NaN."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,24 @@ def from_json(value: Any, like: Any) -> Any:
     if array.shape != like.shape:
         raise ValueError(f"expected numbers of shape {like.shape}, got {array.shape}")
     return array.astype(like.dtype)
+
+
+class Remembers:
+    """What goes on where it was: `memory` names the attributes that hold what it has seen, arrays
+    or plain numbers.
+    """
+
+    memory: tuple[str, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, as JSON values."""
+        return {name: to_json(getattr(self, name)) for name in self.memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts a state in force, all of it or, where it does not fit, nothing."""
+        read = {name: from_json(state[name], getattr(self, name)) for name in self.memory}
+        for name, value in read.items():
+            setattr(self, name, value)
 
 
 def six_digits(value: Any) -> Any:

@@ -8,14 +8,13 @@ Gutkin 2014, doi:10.7554/eLife.04811, with n = 4, m = 2). A run is in balance wh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from metactl.arrays import from_json, to_json
+from metactl.arrays import Remembers
 from metactl.config import STRICT
 from metactl.knobs import FloatArray
 from metactl.signals import INTERNAL, UNIVERSAL, Codec
@@ -122,7 +121,7 @@ def homeostasis_index(drive: FloatArray) -> FloatArray:
     return (np.asarray(drive) <= BALANCE).mean(axis=-1)
 
 
-class Balance:
+class Balance(Remembers):
     """What a board shows of homeostasis while runs go on: means over them, by tag.
 
     `homeostasis/drive` (where there are set-points), `homeostasis/index` (so far) and
@@ -154,16 +153,6 @@ class Balance:
             found["homeostasis/drive"] = float(self.drive.mean())
             found["homeostasis/index"] = float(self._balanced.mean() / self._n_steps)
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is remembered, as JSON values."""
-        return {name: to_json(getattr(self, name)) for name in self.memory}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts a state in force, all of it or, where it does not fit, nothing."""
-        read = {name: from_json(state[name], getattr(self, name)) for name in self.memory}
-        for name, value in read.items():
-            setattr(self, name, value)
 
 
 def settling_steps(drive: FloatArray, onset: int) -> int:

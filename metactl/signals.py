@@ -313,7 +313,9 @@ INTERNAL = tuple(
 )
 """Optional: what runs can read from inside their model; the universal ones need no model."""
 INTERNAL_NAMES = tuple(signal.name for signal in INTERNAL)
-GROUPS = ("probe_loss", "gradient_norm", "update_ratio_median", "unique_tokens", "relative_cost")
+_ALWAYS = ("progress", "train_loss")
+GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group not in _ALWAYS))
+"""Of universal signals that a run may lack; a flag says whether it has them."""
 KNOB_ENTRIES = ("position", "last_move", "available")
 
 

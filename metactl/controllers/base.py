@@ -1,23 +1,21 @@
 """The base of all controllers."""
 
 import abc
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from metactl.arrays import from_json, to_json
+from metactl.arrays import Remembers
 from metactl.episodes import ControlConfig
 from metactl.homeostasis import SetPoints
 from metactl.signals import Codec
 
 
-class BaseController(abc.ABC):
+class BaseController(Remembers, abc.ABC):
     """Turns observations into actions, for any number of runs at once.
 
     A controller sees what every controller sees: the observation of `metactl.signals.Codec`. It
-    may remember things per run; `begin` clears them, and `memory` names the attributes (arrays or
-    plain numbers) that hold them.
+    may remember things per run; `begin` clears them, and `memory` names the attributes that hold
+    them. A state is loaded after `begin`.
 
     Attributes:
         band: How far the log loss may rise over its best before the guard takes over (0.2: by a
@@ -32,7 +30,6 @@ class BaseController(abc.ABC):
     share: float = 1 / ControlConfig.n_control_steps
     codec: Codec
     n_runs: int
-    memory: tuple[str, ...] = ()
 
     def keep_pace(self, n_control_steps: int) -> None:
         """Is told, before `begin`, how many control steps the runs have; 40 if nobody tells."""
@@ -45,15 +42,6 @@ class BaseController(abc.ABC):
     @abc.abstractmethod
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Actions `[n_runs, n_knobs]` in [-1, 1] from observations `[n_runs, n_observations]`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is remembered since `begin`, as JSON values."""
-        return {name: to_json(getattr(self, name)) for name in self.memory}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts a state in force; `begin` comes first."""
-        for name in self.memory:
-            setattr(self, name, from_json(state[name], getattr(self, name)))
 
     def loss(self, observation: np.ndarray) -> np.ndarray:
         """log(loss / its starting value) of each run, on the probe where it has one."""

@@ -26,9 +26,9 @@ from metactl.knobs import FloatArray, KnobSet
 from metactl.policy import Policy
 from metactl.rollout import PlannedRun, PlayedRun
 from metactl.shards import ShardRow
-from metactl.signals import INTERNAL_NAMES, UNIVERSAL
+from metactl.signals import GROUPS, INTERNAL_NAMES, UNIVERSAL
 
-SWAPPED_GROUPS = tuple(dict.fromkeys(s.group for s in UNIVERSAL if s.group != "progress"))
+SWAPPED_GROUPS = ("train_loss", *GROUPS)
 _TASK_STREAM = 0xE7A1  # keeps the tasks of evaluation apart from those of training
 _ALIKE = 1e-9
 _YOKED = 0x70C3  # turns a run's seed into another's
@@ -85,6 +85,21 @@ def spread_of(known: FloatArray) -> FloatArray:
     return np.where(spread > _ALIKE, spread, 1.0)
 
 
+def planned_runs(arms: Sequence[Arm], n_tasks: int, seed: int) -> list[PlannedRun]:
+    """Every arm on the same tasks, arm by arm; by controllers that are copies."""
+    planned = []
+    for arm in arms:
+        controllers = [deepcopy(controller) for controller in arm.controllers]
+        controllers *= n_tasks if len(controllers) == 1 else 1
+        episodes = paired_episodes(n_tasks, seed, arm.positions)
+        for controller, episode in zip(controllers, episodes, strict=True):
+            chosen = _with_other_seed(episode) if arm.other_seed else episode
+            if arm.available is not None:
+                chosen = replace(chosen, available=arm.available)
+            planned.append(PlannedRun(arm=arm.name, episode=chosen, controller=controller))
+    return planned
+
+
 def play_arms(
     shards: ShardRow,
     arms: Sequence[Arm],
@@ -101,18 +116,8 @@ def play_arms(
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{name!r} is there {names.count(name)} times; once is enough")
-    planned = []
-    for arm in arms:
-        controllers = [deepcopy(controller) for controller in arm.controllers]
-        controllers *= n_tasks if len(controllers) == 1 else 1
-        episodes = paired_episodes(n_tasks, seed, arm.positions)
-        for controller, episode in zip(controllers, episodes, strict=True):
-            chosen = _with_other_seed(episode) if arm.other_seed else episode
-            if arm.available is not None:
-                chosen = replace(chosen, available=arm.available)
-            planned.append(PlannedRun(arm=arm.name, episode=chosen, controller=controller))
     played: Results = {arm.name: [] for arm in arms}
-    for result in shards.play(planned, on_done):
+    for result in shards.play(planned_runs(arms, n_tasks, seed), on_done):
         played[result.arm].append(result)
     return played
 

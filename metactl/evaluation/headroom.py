@@ -91,6 +91,11 @@ def headroom(
                 schedule = replace(best_schedule(search), other_seed=True)
             scored_on |= play_arms(shards, [schedule], n_tasks, seed, count)
 
+    same, other = (  # by setting, the test losses of the run that chose, and of the other
+        {name: column(runs, "final_test") for name, runs in played.items()}
+        for played in (chosen_on, scored_on)
+    )
+
     def setting(name: str) -> dict[str, float]:
         return {knob: float(v[0]) for knob, v in knobs.values(points[name][None]).items()}
 
@@ -99,32 +104,28 @@ def headroom(
         "settings": len(points),
         "seed": seed,
         "horizon": about["horizon"],
-        "default": float(column(scored_on[_DEFAULT], "final_test").mean()),
+        "default": float(other[_DEFAULT].mean()),
         "best_static_setting": setting(best),
-        "run_to_run": float(np.abs(_tests(chosen_on, best) - _tests(scored_on, best)).mean()),
-        "best static minus default": _minus(_tests(scored_on, best), _tests(scored_on, _DEFAULT)),
+        "run_to_run": float(np.abs(same[best] - other[best]).mean()),
+        "best static minus default": _minus(other[best], other[_DEFAULT]),
         "per-task best minus best static": _minus(
-            per_task_best(chosen_on, scored_on, list(points)), _tests(scored_on, best)
+            per_task_best(chosen_on, scored_on, list(points)), other[best]
         ),
         "the same by the run that chose": _minus(
-            per_task_best(chosen_on, chosen_on, list(points)), _tests(chosen_on, best)
+            per_task_best(chosen_on, chosen_on, list(points)), same[best]
         ),
     }
     if schedule_runs:
-        found["best schedule minus best static"] = _minus(
-            _tests(scored_on, "best schedule"), _tests(scored_on, best)
-        )
+        found["best schedule minus best static"] = _minus(other["best schedule"], other[best])
     found["knobs"] = {}
     for knob, levels in alone.items():
         names = [_DEFAULT, *levels]
         best_level = _best_on_average(chosen_on, names)
         found["knobs"][knob] = {
             "best_value": setting(best_level)[knob],
-            "best value minus default": _minus(
-                _tests(scored_on, best_level), _tests(scored_on, _DEFAULT)
-            ),
+            "best value minus default": _minus(other[best_level], other[_DEFAULT]),
             "per-task best minus best value": _minus(
-                per_task_best(chosen_on, scored_on, names), _tests(scored_on, best_level)
+                per_task_best(chosen_on, scored_on, names), other[best_level]
             ),
         }
     return found
@@ -140,10 +141,6 @@ def _one_knob(name: str, index: int, default: FloatArray) -> dict[str, FloatArra
     return points
 
 
-def _tests(results: Results, name: str) -> FloatArray:
-    return column(results[name], "final_test")
-
-
 def _best_on_average(results: Results, names: Sequence[str]) -> str:
     return min(names, key=lambda name: float(column(results[name], "final_probe").mean()))
 
@@ -151,7 +148,7 @@ def _best_on_average(results: Results, names: Sequence[str]) -> str:
 def per_task_best(chosen_on: Results, scored_on: Results, names: Sequence[str]) -> FloatArray:
     """Test loss of the setting that was best for each task, `[n_tasks]`."""
     probes = np.stack([column(chosen_on[name], "final_probe") for name in names])
-    tests = np.stack([_tests(scored_on, name) for name in names])
+    tests = np.stack([column(scored_on[name], "final_test") for name in names])
     return np.take_along_axis(tests, probes.argmin(axis=0)[None], axis=0)[0]
 
 
