@@ -1,6 +1,7 @@
 """Training a meta-controller: PPO on a row of shards, checkpointed, into a policy file."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -158,27 +159,29 @@ def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
             f"control steps are needed"
         )
     names = env.shards.describe()["observation_names"]
-    return PPO(
-        AsymmetricPolicy,
-        env,
-        learning_rate=lambda remaining: ppo.learning_rate * max(remaining, 0.0),
-        n_steps=ppo.n_steps,
-        batch_size=ppo.batch_size,
-        n_epochs=ppo.n_epochs,
-        gamma=ppo.gamma,
-        gae_lambda=ppo.gae_lambda,
-        clip_range=ppo.clip_range,
-        ent_coef=ppo.ent_coef,
-        use_sde=ppo.use_sde,
-        policy_kwargs={
-            "seen": entries_of(ppo.signals, names),
-            "hidden": ppo.hidden,
-            "log_std_init": ppo.log_std_init,
-            "features_extractor_class": Normaliser,
-        },
-        seed=config.seed,
-        device="cpu",
-    )
+    with warnings.catch_warnings():  # of a last batch that is smaller
+        warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
+        return PPO(
+            AsymmetricPolicy,
+            env,
+            learning_rate=lambda remaining: ppo.learning_rate * max(remaining, 0.0),
+            n_steps=ppo.n_steps,
+            batch_size=ppo.batch_size,
+            n_epochs=ppo.n_epochs,
+            gamma=ppo.gamma,
+            gae_lambda=ppo.gae_lambda,
+            clip_range=ppo.clip_range,
+            ent_coef=ppo.ent_coef,
+            use_sde=ppo.use_sde,
+            policy_kwargs={
+                "seen": entries_of(ppo.signals, names),
+                "hidden": ppo.hidden,
+                "log_std_init": ppo.log_std_init,
+                "features_extractor_class": Normaliser,
+            },
+            seed=config.seed,
+            device="cpu",
+        )
 
 
 def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,13 @@ def test_too_little_to_learn_from_is_refused_in_words():
     settings = config(lonely, n_steps=1, paired_runs=1)
     with build_shards(settings) as shards, pytest.raises(ConfigError, match="at least 2 control"):
         build_ppo(settings, ShardVecEnv(shards))
+
+
+def test_batches_that_do_not_divide_what_was_played_are_nobodys_worry():
+    settings = config(TOYS, batch_size=7)
+    with build_shards(settings) as shards, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build_ppo(settings, ShardVecEnv(shards)).batch_size == 7
 
 
 def test_resuming_with_more_workers_than_before_is_refused_in_words(tmp_path):
