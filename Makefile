@@ -23,16 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "setup: installing torch"
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
-	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch; \
+	    $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt torch; \
 	elif $(BIN)/python -m pip install -qq --dry-run --report - --constraint constraints.txt torch \
 	        | grep -q '"name": "nvidia-'; then \
 	    echo "setup: no GPU here, so the CPU build from $(TORCH_INDEX)"; \
-	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch --index-url $(TORCH_INDEX); \
+	    $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt torch --index-url $(TORCH_INDEX); \
 	else \
-	    $(BIN)/python -m pip install -qq --constraint constraints.txt torch; \
+	    $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt torch; \
 	fi
 	@echo "setup: installing metactl and what it needs"
-	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # pip takes one core
 	@touch $(STAMP)
 	@echo "setup: done"
 
