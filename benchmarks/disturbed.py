@@ -164,7 +164,7 @@ def compare(policy: Policy, setting: dict[str, float], options: Options) -> dict
 
     with where.open() as shards:
         about = shards.describe()
-        knobs = KnobSet(about["knobs"])
+        knobs = about.knobs
         arms: dict[str, tuple[Arm, BaseController]] = {
             "static": (static_arm("static", position(knobs, setting)), Static()),
             "policy": (
@@ -183,7 +183,7 @@ def compare(policy: Policy, setting: dict[str, float], options: Options) -> dict
         ]
         with where.open(disturb=1.0, disturbances=[kind]) as shards:
             played = play(shards, [*plain, *told])
-        found[kind] = measured(kind, played, undisturbed, policy, about["observation_names"])
+        found[kind] = measured(kind, played, undisturbed, policy, about.observation_names)
     return found
 
 

@@ -30,7 +30,7 @@ from benchmarks.provenance import write
 from metactl.cluster import use_token
 from metactl.config import TrainConfig, changed
 from metactl.ray_worker import RayWorker
-from metactl.shards import Shard, ShardRow
+from metactl.shards import Description, Shard, ShardRow
 from metactl.train import build_ppo
 from metactl.vec_env import ShardVecEnv
 
@@ -114,7 +114,7 @@ def beside(options: Options) -> dict[str, float]:
 class Recorded:
     """What a population said: of itself, at a reset, after a control step, at a checkpoint."""
 
-    about: dict[str, Any]
+    about: Description
     first: np.ndarray
     step: tuple[Any, ...]
     state: dict[str, Any]
@@ -123,7 +123,7 @@ class Recorded:
 def record(n_envs: int) -> Recorded:
     shard = Shard(ENV_ID, n_envs, _SHAPE)
     first = shard.reset(0)
-    step = shard.step(np.zeros((n_envs, len(shard.describe()["knobs"]))))
+    step = shard.step(np.zeros((n_envs, len(shard.describe().knobs))))
     recorded = Recorded(about=shard.describe(), first=first, step=step, state=shard.state_dict())
     shard.close()
     return recorded
@@ -151,7 +151,7 @@ def crowd(options: Options, n: int, recorded: Recorded) -> dict[str, Any]:
     workers = [spawn(Answering, (recorded, options.pause)) for _ in range(n)]
     for worker in workers:
         worker.require_ready()
-    actions = np.zeros((options.n_envs_gpu, len(recorded.about["knobs"])), dtype=np.float32)
+    actions = np.zeros((options.n_envs_gpu, len(recorded.about.knobs)), dtype=np.float32)
 
     def seconds(method: str, *args: Any) -> float:
         begun = time.perf_counter()
@@ -181,7 +181,7 @@ class AnsweringRow:
     def __init__(self, n_shards: int, n_envs: int, recorded: Recorded) -> None:
         self.n_shards, self.n_envs, self.recorded = n_shards, n_envs, recorded
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return self.recorded.about
 
     def call(self, method: str, arguments: Any) -> list[Any]:

@@ -158,7 +158,8 @@ class ControlLoop:
         return (*episode, "control_step", "value", "start_loss")
 
 
-def _spaces(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+def spaces_of(loop: ControlLoop) -> tuple[gymnasium.spaces.Box, gymnasium.spaces.Box]:
+    """What one run shows, and what moves its knobs."""
     observation = gymnasium.spaces.Box(-BOUND, BOUND, (len(loop.codec),), np.float32)
     action = gymnasium.spaces.Box(-1.0, 1.0, (len(loop.knobs),), np.float32)
     return observation, action
@@ -215,7 +216,7 @@ class TrainingRunEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             raise ValueError(f"TrainingRunEnv needs a run with n_runs=1, got {run.n_runs}")
         _require_no_picture(render_mode)
         self.loop = ControlLoop(run, config)
-        self.observation_space, self.action_space = _spaces(self.loop)
+        self.observation_space, self.action_space = spaces_of(self.loop)
         self._seed: int | None = None
         self._episode = 0
         self._over = True
@@ -273,7 +274,7 @@ class TrainingRunVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, np.ndarray, np
         _require_no_picture(render_mode)
         self.loop = ControlLoop(run, config)
         self.num_envs = run.n_runs
-        self.single_observation_space, self.single_action_space = _spaces(self.loop)
+        self.single_observation_space, self.single_action_space = spaces_of(self.loop)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._seeds: np.ndarray | None = None

@@ -6,6 +6,7 @@ program, so on a CPU each core gets its own worker process with one thread.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import gymnasium
 import numpy as np
 
 from metactl.config import ConfigError
-from metactl.env import TrainingRunVectorEnv
+from metactl.env import TrainingRunVectorEnv, spaces_of
 from metactl.knobs import FloatArray, KnobSet
 from metactl.reward import ImprovementReward
 from metactl.rollout import Between, PlannedRun, PlayedRun, play
@@ -59,6 +60,27 @@ def require_own_package(module: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What must be known of runs before any is played.
+
+    Args:
+        observation_space: Of one run.
+        action_space: Of one run.
+        observation_names: Of the entries of an observation, in order.
+        knobs: Of the runs.
+        n_control_steps: Decisions per run.
+        horizon: Optimizer steps of a run.
+    """
+
+    observation_space: gymnasium.spaces.Box
+    action_space: gymnasium.spaces.Box
+    observation_names: tuple[str, ...]
+    knobs: KnobSet
+    n_control_steps: int
+    horizon: int
+
+
 class Shard:
     """One population; what a row of shards can ask of it.
 
@@ -71,17 +93,17 @@ class Shard:
     def __init__(self, env_id: str, n_envs: int, options: Mapping[str, Any]) -> None:
         self.env = make_population(env_id, n_envs, options)
 
-    def describe(self) -> dict[str, Any]:
-        """What the learner must know: spaces, names, knobs, horizon."""
+    def describe(self) -> Description:
         loop = self.env.loop
-        return {
-            "observation_space": self.env.single_observation_space,
-            "action_space": self.env.single_action_space,
-            "observation_names": loop.codec.names,
-            "knobs": loop.knobs.knobs,
-            "n_control_steps": loop.config.n_control_steps,
-            "horizon": loop.run.horizon,
-        }
+        observation_space, action_space = spaces_of(loop)
+        return Description(
+            observation_space=observation_space,
+            action_space=action_space,
+            observation_names=loop.codec.names,
+            knobs=loop.knobs,
+            n_control_steps=loop.config.n_control_steps,
+            horizon=loop.run.horizon,
+        )
 
     def descriptors(self, task_seeds: Sequence[int]) -> FloatArray:
         """What is known of tasks before they are trained, `[n_tasks, n_descriptors]`."""
@@ -161,22 +183,22 @@ class ShardRow:
         """One policy for all: the same knobs, and as many decisions."""
         first, *others = self.call_all("describe")
         for other in others:
-            ours, theirs = ([k.name for k in about["knobs"]] for about in (first, other))
+            ours, theirs = ([k.name for k in about.knobs] for about in (first, other))
             if ours != theirs:
                 raise ValueError(
                     f"All variants must have the same knobs, got {', '.join(ours)} and "
                     f"{', '.join(theirs)}"
                 )
-            if first["observation_names"] != other["observation_names"]:
-                apart = set(first["observation_names"]) ^ set(other["observation_names"])
+            if first.observation_names != other.observation_names:
+                apart = set(first.observation_names) ^ set(other.observation_names)
                 raise ValueError(
                     f"All variants must see the same signals, but not all have "
                     f"{', '.join(sorted(apart))}"
                 )
-            if first["n_control_steps"] != other["n_control_steps"]:
+            if first.n_control_steps != other.n_control_steps:
                 raise ValueError(
                     f"All variants must have the same n_control_steps, got "
-                    f"{first['n_control_steps']} and {other['n_control_steps']}"
+                    f"{first.n_control_steps} and {other.n_control_steps}"
                 )
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -191,13 +213,15 @@ class ShardRow:
         """Calls a method of every shard with the same arguments."""
         return self.call(method, [args] * self.n_shards)
 
-    def describe(self) -> dict[str, Any]:
-        return self.call_all("describe")[0]
+    def describe(self) -> Description:
+        """What the runs of the first shard are; all have the same knobs and observations."""
+        described: Description = self.call_all("describe")[0]
+        return described
 
     @property
     def knobs(self) -> KnobSet:
         """Those of the runs."""
-        return KnobSet(self.describe()["knobs"])
+        return self.describe().knobs
 
     def play(
         self,

@@ -23,7 +23,7 @@ from metactl.evaluation.healthy import healthy_set_points
 from metactl.policy import CLIP, FORMAT_VERSION, Policy, PolicyCard
 from metactl.progress import Progress
 from metactl.rundir import RunDirectoryError, versions
-from metactl.shards import ShardRow, default_workers
+from metactl.shards import Description, ShardRow, default_workers
 from metactl.snapshot import n_shards_of, restore, restore_exploration, snapshot
 from metactl.vec_env import ShardVecEnv
 from metactl.worker import ProcessWorker, ShardError, Worker
@@ -158,7 +158,7 @@ def build_ppo(config: TrainConfig, env: ShardVecEnv) -> PPO:
             f"n_steps={ppo.n_steps} of {env.num_envs} run is too little to learn from: at least 2 "
             f"control steps are needed"
         )
-    names = env.shards.describe()["observation_names"]
+    names = env.shards.describe().observation_names
     with warnings.catch_warnings():  # of a last batch that is smaller
         warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
         return PPO(
@@ -193,14 +193,14 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
         apart under random moves, in units of it (1 without pairs).
     """
     about = env.shards.describe()
-    n_knobs = len(about["knobs"])
+    n_knobs = len(about.knobs)
     env.shards.call_all("set_reward_scale", 1.0)
     env.seed(((model.seed or 0) << _TASK_BITS) + _CALIBRATION_SEED)
     rng = np.random.default_rng(model.seed)
     resting = np.arange(env.num_envs) % 2 == 0
     observations: list[Any] = [env.reset()]
     improvement = np.zeros(env.num_envs)
-    for _ in range(about["n_control_steps"]):
+    for _ in range(about.n_control_steps):
         actions = rng.normal(0, 0.6, (env.num_envs, n_knobs)).clip(-1, 1)
         actions[resting] = 0
         observation, _, _, infos = env.step(actions)
@@ -209,7 +209,7 @@ def _calibrate(model: PPO, env: ShardVecEnv) -> tuple[list[float], float]:
     normaliser = model.policy.features_extractor
     assert isinstance(normaliser, Normaliser)
     stacked = np.concatenate(observations[:-1])
-    mean, std = standardisation(stacked, about["observation_names"])
+    mean, std = standardisation(stacked, about.observation_names)
     normaliser.mean.copy_(torch.from_numpy(mean))
     normaliser.std.copy_(torch.from_numpy(std))
     by_shard = improvement.reshape(env.shards.n_shards, -1)
@@ -293,15 +293,13 @@ class _Keeper(BaseCallback):
             self.report(self.num_timesteps, self._mean_return)
 
 
-def _to_policy(
-    model: PPO, about: dict[str, Any], config: TrainConfig, scales: list[float]
-) -> Policy:
+def _to_policy(model: PPO, about: Description, config: TrainConfig, scales: list[float]) -> Policy:
     """The deterministic part of the actor, as data."""
     normaliser = model.policy.features_extractor
     assert isinstance(normaliser, Normaliser)
     layers = [m for m in model.policy.mlp_extractor.policy_net if isinstance(m, nn.Linear)]
     layers.append(model.policy.action_net)  # type: ignore[arg-type]
-    seen = len(about["observation_names"])
+    seen = len(about.observation_names)
     weights = {"mean": normaliser.mean[:seen], "std": normaliser.std[:seen]}
     for i, layer in enumerate(layers):
         weights |= {f"weight_{i}": layer.weight, f"bias_{i}": layer.bias}
@@ -309,10 +307,10 @@ def _to_policy(
     card = PolicyCard(
         format_version=FORMAT_VERSION,
         metactl_version=versions()["metactl"],
-        knobs=about["knobs"],
-        observations=about["observation_names"],
+        knobs=about.knobs.knobs,
+        observations=about.observation_names,
         hidden=config.ppo.hidden,
-        n_control_steps=about["n_control_steps"],
+        n_control_steps=about.n_control_steps,
         training={"config": dump(config), "reward_scales": scales, "versions": versions()},
         clip=CLIP,
     )

@@ -46,7 +46,7 @@ class ShardVecEnv(VecEnv):
         self.shards, self.paired_runs, self.bound_cost = shards, paired_runs, bound_cost
         self.reward_unit = 1.0
         about = shards.describe()
-        space = about["observation_space"]
+        space = about.observation_space
         self.n_seen = space.shape[0]
         if paired_runs > 1:
             apart = space.high - space.low
@@ -56,7 +56,7 @@ class ShardVecEnv(VecEnv):
         self._seed = 0
         self._age = np.zeros((2, 0), dtype=np.int64)
         self._returns = np.zeros(0)
-        super().__init__(shards.n_shards * shards.n_envs, space, about["action_space"])
+        super().__init__(shards.n_shards * shards.n_envs, space, about.action_space)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = 0 if seed is None else seed

@@ -16,7 +16,7 @@ from metactl.evaluation.arms import Results, play_arms, static_arm, static_grid
 from metactl.evaluation.place import RunCounter, Where
 from metactl.evaluation.search import Search, best_schedule
 from metactl.evaluation.summary import column
-from metactl.knobs import FloatArray, KnobSet
+from metactl.knobs import FloatArray
 from metactl.progress import Progress
 from metactl.statistics import paired_difference
 
@@ -66,7 +66,7 @@ def headroom(
     """
     with where.open() as shards:
         about = shards.describe()
-        knobs = KnobSet(about["knobs"])
+        knobs = about.knobs
         default = knobs.default_positions(1)[0]
         points = {f"static {i}": p for i, p in enumerate(static_grid(knobs, grid_points))}
         alone = {name: _one_knob(name, i, default) for i, name in enumerate(knobs.names)}
@@ -103,7 +103,7 @@ def headroom(
         "n_tasks": n_tasks,
         "settings": len(points),
         "seed": seed,
-        "horizon": about["horizon"],
+        "horizon": about.horizon,
         "default": float(other[_DEFAULT].mean()),
         "best_static_setting": setting(best),
         "run_to_run": float(np.abs(same[best] - other[best]).mean()),

@@ -5,7 +5,6 @@ import numpy as np
 from metactl.evaluation.arms import play_arms, static_arm, static_grid
 from metactl.evaluation.summary import column
 from metactl.homeostasis import SetPoints, estimate
-from metactl.knobs import KnobSet
 from metactl.shards import ShardRow
 
 _SHARE = 4  # the best of so many settings count as healthy
@@ -27,13 +26,11 @@ def healthy_set_points(shards: ShardRow, n_runs: int, seed: int) -> SetPoints | 
     """
     about = shards.describe()
     n = max(2, int(np.sqrt(n_runs)))
-    arms = [
-        static_arm(str(i), point) for i, point in enumerate(static_grid(KnobSet(about["knobs"]), n))
-    ]
+    arms = [static_arm(str(i), point) for i, point in enumerate(static_grid(about.knobs, n))]
     results = list(play_arms(shards, arms, n, seed).values())
     losses = [column(runs, "final_probe").mean() for runs in results]
     best = np.argsort(losses)[: max(1, n // _SHARE)]
     healthy = [run for i in best for run in results[i] if not run.diverged]
     if not healthy:
         return None
-    return estimate(np.stack([run.observations[1:] for run in healthy]), about["observation_names"])
+    return estimate(np.stack([run.observations[1:] for run in healthy]), about.observation_names)

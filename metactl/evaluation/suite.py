@@ -46,10 +46,10 @@ from metactl.evaluation.summary import (
     moves_explained_by_progress,
     summarise,
 )
-from metactl.knobs import FloatArray, KnobSet
+from metactl.knobs import FloatArray
 from metactl.policy import Policy
 from metactl.progress import Progress
-from metactl.shards import ShardRow
+from metactl.shards import Description, ShardRow
 from metactl.worker import ShardError
 
 _TUNING = 0x7A5C  # added to the seed: other tasks and runs, whatever the split
@@ -135,12 +135,12 @@ def evaluate(
     with where.open() as shards:
         about = shards.describe()
         for name, each in {"policy": policy, **plan.rivals}.items():
-            if about["n_control_steps"] != each.card.n_control_steps:
+            if about.n_control_steps != each.card.n_control_steps:
                 raise ConfigError(
                     f"The {name} decides {each.card.n_control_steps} times per run; the runs have "
-                    f"n_control_steps={about['n_control_steps']}"
+                    f"n_control_steps={about.n_control_steps}"
                 )
-        knobs, names = KnobSet(about["knobs"]), about["observation_names"]
+        knobs, names = about.knobs, about.observation_names
         default = knobs.default_positions(1)[0]
         points = static_grid(knobs, plan.grid_points)
         grid = [static_arm(f"static {i}", point) for i, point in enumerate(points)]
@@ -176,8 +176,9 @@ def evaluate(
     summary = {**_summary(policy, about, results), "n_tasks": n, "seed": plan.seed}
     summary["grid_points"] = len(grid) + len(chosen)
     if there:
-        told = {"set_points": policy.card.set_points, "names": names}
-        summary["begun_at_best_static"] = summarise(there, **told)
+        summary["begun_at_best_static"] = summarise(
+            there, set_points=policy.card.set_points, names=names
+        )
     if plan.disturbed:
         arms = [*movers.arms(default), *blind, *found]
         arms.append(static_arm("best static", results["best static"][0].positions[0]))
@@ -201,11 +202,11 @@ class _Movers:
     policy: Policy
     plan: EvaluationPlan
     shards: ShardRow
-    about: dict[str, Any]
+    about: Description
 
     def arms(self, start: FloatArray) -> list[Arm]:
         """What sees its run: the policy, the rules, the rivals."""
-        knobs = KnobSet(self.about["knobs"])
+        knobs = self.about.knobs
         controls = self.plan.controls
         arms = [policy_arm(self.policy, start), *rule_arms(knobs, start, further=controls)]
         if controls:
@@ -244,7 +245,7 @@ def _n_runs(
     plan: EvaluationPlan, movers: _Movers, n_settings: int, n_single: int, *, told: bool
 ) -> int:
     """How many runs an evaluation plays, but for its searches."""
-    n_seeing = len(movers.arms(np.zeros(len(movers.about["knobs"]))))
+    n_seeing = len(movers.arms(np.zeros(len(movers.about.knobs))))
     n_blind = 1 + plan.controls
     n_found = (1 + told) * (plan.schedule_runs > 0) + (plan.linear_runs > 0)
     n_movers = n_seeing + n_blind + n_found + 2 * plan.controls + 2 * plan.population
@@ -255,14 +256,14 @@ def _n_runs(
     return plan.n_tasks * n_arms
 
 
-def _summary(policy: Policy, about: dict[str, Any], results: Results) -> dict[str, Any]:
+def _summary(policy: Policy, about: Description, results: Results) -> dict[str, Any]:
     """What the undisturbed runs say of a policy, as JSON values."""
-    knobs, names = KnobSet(about["knobs"]).names, about["observation_names"]
+    knobs, names = about.knobs.names, about.observation_names
     explained = moves_explained_by_progress(results["policy"])
     best_setting = {name: float(v[0]) for name, v in results["best static"][0].values.items()}
     summary = {
-        "horizon": about["horizon"],
-        "n_control_steps": about["n_control_steps"],
+        "horizon": about.horizon,
+        "n_control_steps": about.n_control_steps,
         **summarise(
             results,
             oracle_name="per-task best static",

@@ -8,7 +8,7 @@ from typing import Any
 from metactl.config import ConfigError
 from metactl.knobs import KnobSet
 from metactl.policy import Policy
-from metactl.shards import ShardRow
+from metactl.shards import Description, ShardRow
 from metactl.sweep.config import SweepConfig, Trial, described
 from metactl.sweep.score import runs_of
 from metactl.sweep.searcher import require_searcher
@@ -35,24 +35,30 @@ def check_sweep(config: SweepConfig, trials: Sequence[Trial]) -> None:
     if config.scheduler == "pb2" and find_spec("sklearn") is None:
         raise ConfigError("scheduler 'pb2' needs scikit-learn: pip install scikit-learn")
     about = abouts[0]
-    if config.every >= about["n_control_steps"]:
+    if config.every >= about.n_control_steps:
         raise ConfigError(
-            f"every must be below the {about['n_control_steps']} control steps of a run, else "
+            f"every must be below the {about.n_control_steps} control steps of a run, else "
             f"nothing is ever taken over; got {config.every}"
         )
     try:
-        position_bounds(config, KnobSet(about["knobs"]))
+        position_bounds(config, about.knobs)
     except ValueError as error:
         raise ConfigError(f"space: {error}") from error
 
 
-def _require_alike(trials: Sequence[Trial], abouts: Sequence[dict[str, Any]]) -> None:
+def _require_alike(trials: Sequence[Trial], abouts: Sequence[Description]) -> None:
     """Policies have a mean only if they see and move the same and are of one shape."""
     found: list[dict[str, Any]] = []
     for trial, about in zip(trials, abouts, strict=True):
         assert trial.recipe is not None
-        seen = {name: about[name] for name in ("knobs", "observation_names", "n_control_steps")}
-        found.append({**seen, "hidden": trial.recipe.ppo.hidden})
+        found.append(
+            {
+                "knobs": about.knobs.knobs,
+                "observation_names": about.observation_names,
+                "n_control_steps": about.n_control_steps,
+                "hidden": trial.recipe.ppo.hidden,
+            }
+        )
         for name, value in found[-1].items():
             if value != found[0][name]:
                 raise ConfigError(
@@ -72,7 +78,7 @@ def position_bounds(config: SweepConfig, knobs: KnobSet) -> dict[str, tuple[floa
     return bounds
 
 
-def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[dict[str, Any]]:
+def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[Description]:
     """Builds one of each kind of run, so that what refuses it does so before anything starts.
 
     Args:
@@ -85,7 +91,7 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[di
     Raises:
         ConfigError: With the trial, and the words of whatever refuses it.
     """
-    built: dict[str, dict[str, Any]] = {}
+    built: dict[str, Description] = {}
     abouts = []
     for trial in trials:
         try:
@@ -95,7 +101,7 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[di
                     built[key] = _about_one(env_id, options, elsewhere=elsewhere)
                 _require_deciders(trial, built[key])
                 if trial.sets_knobs:
-                    KnobSet(built[key]["knobs"]).positions(trial.changes, 1)
+                    built[key].knobs.positions(trial.changes, 1)
             abouts.append(built[key])
         except (ValueError, TypeError) as error:
             where = f"trial {trial.name} ({described(trial.changes)})"
@@ -103,24 +109,24 @@ def check_trials(trials: Sequence[Trial], *, elsewhere: bool = False) -> list[di
     return abouts
 
 
-def _require_deciders(trial: Trial, about: dict[str, Any]) -> None:
+def _require_deciders(trial: Trial, about: Description) -> None:
     """A policy decides as often as its runs have control steps."""
     if trial.recipe is None:
         decides = Policy.load(trial.policy).card.n_control_steps
-        if about["n_control_steps"] != decides:
+        if about.n_control_steps != decides:
             raise ValueError(
                 f"the policy decides {decides} times per run, got "
-                f"n_control_steps={about['n_control_steps']}"
+                f"n_control_steps={about.n_control_steps}"
             )
 
 
-def about_runs(trial: Trial, *, elsewhere: bool = False) -> dict[str, Any]:
+def about_runs(trial: Trial, *, elsewhere: bool = False) -> Description:
     """What a trial's runs say of themselves, of a kind that has one sort of them."""
     ((env_id, options),) = _runs_of(trial)
     return _about_one(env_id, options, elsewhere=elsewhere)
 
 
-def _about_one(env_id: str, options: dict[str, Any], *, elsewhere: bool) -> dict[str, Any]:
+def _about_one(env_id: str, options: dict[str, Any], *, elsewhere: bool) -> Description:
     """Builds one run to see; `elsewhere` without the GPU that it will have."""
     if elsewhere and "device" in options:
         options = options | {"device": "cpu"} | {k: False for k in options if k == "compile"}

@@ -20,7 +20,6 @@ from typing import Any
 
 from metactl.cluster import check_resources, cluster
 from metactl.errors import WorkerDied
-from metactl.knobs import KnobSet
 from metactl.progress import Progress
 from metactl.sweep.check import about_runs
 from metactl.sweep.config import SweepConfig, Trial, trial_folder
@@ -213,7 +212,7 @@ def _members(
 
     _play_reference(config, trials[0], root)
     by_name = {trial.name: trial for trial in trials}
-    knobs = KnobSet(about_runs(trials[0], elsewhere=config.resources.gpu > 0)["knobs"])
+    knobs = about_runs(trials[0], elsewhere=config.resources.gpu > 0).knobs
     begun, points = starting_points(config, trials, root, knobs)
 
     def trainable(point: dict[str, Any]) -> None:

@@ -45,7 +45,6 @@ from metactl.evaluation.summary import (
     moves_explained_by_progress,
 )
 from metactl.homeostasis import SetPoints
-from metactl.knobs import KnobSet
 from metactl.policy import Policy, PolicyCard
 from metactl.report import draw_runs, gap_sentence
 from metactl.rollout import BestCheckpoint, PlannedRun, play
@@ -68,12 +67,12 @@ def result(shards, seed=0, **changes):
 
 def resting_policy(about, bias=0.0):
     """A linear policy that sees nothing: a constant move of every knob."""
-    n = len(about["observation_names"])
+    n = len(about.observation_names)
     card = PolicyCard(
         format_version=1,
         metactl_version="0",
-        knobs=tuple(about["knobs"]),
-        observations=tuple(about["observation_names"]),
+        knobs=about.knobs.knobs,
+        observations=about.observation_names,
         hidden=(),
         n_control_steps=N,
     )
@@ -137,7 +136,7 @@ def test_replay_makes_the_mean_moves_in_every_task(shards):
 
 def test_a_knob_that_an_arm_leaves_out_stays_where_it_was(shards):
     about = shards.describe()
-    arms = knob_arms(resting_policy(about, bias=0.5), KnobSet(about["knobs"]), DEFAULT)
+    arms = knob_arms(resting_policy(about, bias=0.5), about.knobs, DEFAULT)
     assert [arm.name for arm in arms] == [
         f"policy, {label}"
         for label in ("rate alone", "without rate", "width alone", "without width")
@@ -149,7 +148,7 @@ def test_a_knob_that_an_arm_leaves_out_stays_where_it_was(shards):
 
 def settings_played(shards, losses, *, best=None, epochs=None):
     """Runs of each setting with these probe losses at the end, and with these at their lowest."""
-    one, names = result(shards), shards.describe()["observation_names"]
+    one, names = result(shards), shards.describe().observation_names
     found = {}
     for setting, at_end in losses.items():
         runs = []
@@ -191,7 +190,7 @@ def test_settings_are_chosen_beforehand_for_all_tasks_and_by_what_is_known_of_ea
 def test_a_setting_is_chosen_for_the_end_and_for_the_best_checkpoint(shards):
     ends = {"a": [2.0, 2.0], "b": [3.0, 1.2], "c": [2.5, 2.5]}
     lows = {"a": [2.0, 2.0], "b": [1.9, 1.1], "c": [1.0, 1.3]}
-    names = shards.describe()["observation_names"]
+    names = shards.describe().observation_names
     played = settings_played(shards, ends, best=lows)
     found = chosen_here({**played, "policy": played["a"]}, ["a", "b", "c"], [], names)
     assert set(found) == {"default", "best static", "per-task best static", "policy"}
@@ -206,7 +205,7 @@ def test_a_setting_is_chosen_for_the_end_and_for_the_best_checkpoint(shards):
 
 def test_a_setting_is_chosen_for_runs_that_see_their_data_as_often(shards):
     ends = {"a": [1.0, 1.2, 3.0, 3.0], "b": [2.0, 2.0, 2.0, 2.0]}
-    names = shards.describe()["observation_names"]
+    names = shards.describe().observation_names
     played = settings_played(shards, ends, epochs=[0.2, 0.9, 12, 30])
     found = chosen_here({**played, "policy": played["a"]}, ["a"], ["b"], names)
     assert [run.arm for run in found["best static by epochs"]] == ["a", "a", "b", "b"]
@@ -222,7 +221,7 @@ def test_what_is_known_of_a_task_is_known_of_its_runs():
     with ShardRow(
         "envs:AdaptiveTransformer-v0", 8, {**shape, **ranges, "n_control_steps": 4}, 0
     ) as row:
-        names = row.describe()["observation_names"]
+        names = row.describe().observation_names
         arms = [static_arm("a", np.array([0.5]))]
         arms.append(replace(arms[0], name="b", other_seed=True))
         played, known = play_arms(row, arms, 8, 0), known_of_tasks(row, 8, 0)
@@ -391,7 +390,7 @@ def test_a_summary_pairs_the_policy_with_every_arm(shards):
 
 
 def test_differences_are_grouped_by_how_often_runs_saw_their_data(shards):
-    names = shards.describe()["observation_names"]
+    names = shards.describe().observation_names
     entries = [names.index(name) for name in ("has/unique_tokens", "signal/epochs")]
     one = result(shards)
 
@@ -431,7 +430,7 @@ def test_a_run_that_diverges_loses_its_balance_and_the_whole_of_its_progress(sha
     points = SetPoints(
         progress=(0.5,), medians={"loss_noise": (0.0,)}, half_widths={"loss_noise": (1e3,)}
     )
-    names = shards.describe()["observation_names"]
+    names = shards.describe().observation_names
     report = disturbed_summary({"policy": [gone]}, {"policy": [calm]}, points, names)
     figures = report["arms"]["policy"]
     expected = (calm.probe_loss[0] - calm.probe_loss[6:]).sum() / N

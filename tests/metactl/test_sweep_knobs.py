@@ -42,7 +42,7 @@ def ignore(done, n_control_steps, score):
 
 
 def at_planned(config, trial, **going):
-    knobs = KnobSet(about_runs(trial)["knobs"])
+    knobs = about_runs(trial).knobs
     at = dict(zip(knobs.names, knobs.positions(trial.changes, 1)[0], strict=True))
     where = {"positions": {k: float(at[k]) for k in trial.changes}, "from_trial": trial.name}
     return Going(**{**where, **going})
@@ -149,7 +149,7 @@ def test_a_takeover_is_kept_before_anything_else_is_done(begun):
 def test_after_a_stop_all_members_go_on_from_the_same_control_step(begun, caplog):
     _, trials, root = begun
     config = sweep(samples=4, scheduler="pbt")
-    knobs = KnobSet(about_runs(trials[0])["knobs"])
+    knobs = about_runs(trials[0]).knobs
     moved = {
         trial.name: {"dropout": 0.1 * i, "learning_rate_multiplier": 0.2 * i}
         for i, trial in enumerate(trials)
