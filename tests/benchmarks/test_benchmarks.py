@@ -82,7 +82,7 @@ def test_costs_are_of_one_step_of_one_run(tmp_path):
     assert {name: list(curve) for name, curve in found.items()} == {
         name: [f"{x:g}" for x in points] for name, points in few.items()
     }
-    assert all(0 < each < 1e3 for curve in found.values() for each in curve.values())
+    assert all(each > 0 for curve in found.values() for each in curve.values())
     cost.draw(tmp_path / "cost.png", found)
     assert (tmp_path / "cost.png").stat().st_size > 5_000
 
