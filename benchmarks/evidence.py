@@ -8,8 +8,9 @@ A table stands between `<!-- NAME KIND -->` and `<!-- end -->`; KIND is `paired`
 `paired: ARM; ARM` (some), `differences: ARM; ARM` (two columns), `costs: ARM; ARM`, `epochs` or
 `disturbed`; or, of several evaluations, a row each (and `all` for NAME), `overview: NAME; NAME` or
 `beside: NAME; NAME` (a policy and the one called `default`); or, with `headroom` for NAME,
-`families` or `knobs` (from docs/headroom.json), and with `rival`, `places` (from docs/rival.json),
-and with `disturbed`, `kinds` (from docs/disturbed.json), and with `confirm`, `again: final_test`,
+`families` or `knobs` (from docs/headroom.json), and with `rival` or `long`, `places: RIVAL` (from
+docs/rival.json and docs/long.json; RIVAL is what the other policy is called there), and with
+`disturbed`, `kinds` (from docs/disturbed.json), and with `confirm`, `again: final_test`,
 `again: best_test` or `rates` (from docs/confirm.json).
 """
 
@@ -79,7 +80,7 @@ _PLACES = {
     "families_waves": "`waves`",
     "families_digits": "`digits`",
 }
-_OWN_FILES = ("headroom", "rival", "disturbed", "confirm")
+_OWN_FILES = ("headroom", "rival", "long", "disturbed", "confirm")
 _AGAIN = {  # arms of docs/confirm.json
     "default": "minus default",
     "static dropout=0, rope_base=8": "minus dropout 0, base 8",
@@ -263,16 +264,17 @@ def _knobs(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _places(found: dict[str, Any], _arms: Sequence[str]) -> list[list[str]]:
-    """The policy beside a linear one and the mean of both, by place."""
-    pairs = {"policy - rival": "policy minus linear", "mean - policy": "mean minus policy"}
-    pairs |= {"mean - rival": "mean minus linear"}
+def _places(found: dict[str, Any], rival: Sequence[str]) -> list[list[str]]:
+    """The policy beside another and the mean of both, by place."""
+    name = rival[0] if rival else "rival"
+    pairs = {"policy - rival": f"policy minus {name}", "mean - policy": "mean minus policy"}
+    pairs |= {"mean - rival": f"mean minus {name}"}
     rows = [["", "tasks", *pairs.values(), "mean minus policy at best ckpt"]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for name, place in found["places"].items():
-        differences = [interval_text(place["final_test_minus"][pair]) for pair in pairs]
-        differences.append(interval_text(place["best_test_minus"]["mean - policy"]))
-        rows.append([_PLACES[name], str(place["n_tasks"]), *differences])
+    for place, played in found["places"].items():
+        differences = [interval_text(played["final_test_minus"][pair]) for pair in pairs]
+        differences.append(interval_text(played["best_test_minus"]["mean - policy"]))
+        rows.append([_PLACES[place], str(played["n_tasks"]), *differences])
     return rows
 
 

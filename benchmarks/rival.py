@@ -3,14 +3,18 @@
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
 
+    metactl train --config configs/long.yaml --run-dir runs/long
+    python -m benchmarks.rival --rival runs/long/policy --places default 960 --json docs/long.json
+
 The mean acts as both do on average. All are guarded, begin at the default setting and live
 through the same runs, those of the evaluations in docs/evidence.md. What is finished is in the file
 at once.
 """
 
+import math
 import sys
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, compress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from benchmarks.provenance import write
 from metactl.evaluation import play_arms
 from metactl.evaluation.arms import from_arm, static_arm
 from metactl.evaluation.place import RunCounter
+from metactl.evaluation.summary import epoch_groups
 from metactl.policy import Policy
 from metactl.progress import bar
 
@@ -41,7 +46,7 @@ class Options:
 
 
 def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
-    """Test losses of all, and how far each is below or above the policy."""
+    """Test losses of all, and how far apart they are: over all tasks, and by epochs of the data."""
     with (
         where_of(policies["policy"], place).open() as shards,
         bar("Paired runs") as progress,
@@ -51,7 +56,15 @@ def compare(policies: dict[str, Policy], place: Place) -> dict[str, Any]:
         arms.append(static_arm("default", default))
         count = RunCounter(len(arms) * place.n_tasks, progress)
         played = play_arms(shards, arms, place.n_tasks, 0, count)
-    return differences(played, list(combinations(played, 2)))
+        names = shards.describe().observation_names
+    pairs = list(combinations(played, 2))
+    found = differences(played, pairs)
+    found["by_epochs"] = []
+    for (low, high), inside in epoch_groups(played["policy"], names):
+        group = {arm: list(compress(runs, inside)) for arm, runs in played.items()}
+        to = high if math.isfinite(high) else None
+        found["by_epochs"].append({"from": low, "to": to, **differences(group, pairs)})
+    return found
 
 
 def main() -> None:

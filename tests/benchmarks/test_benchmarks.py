@@ -9,7 +9,7 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import confirm, cost, disturbed, evaluations, population, single
+from benchmarks import confirm, cost, disturbed, evaluations, population, rival, single
 from benchmarks.places import FAMILIES, PLACES, Place, named, where_of
 from benchmarks.provenance import write
 from benchmarks.rotation.jobs import train_arm
@@ -128,6 +128,22 @@ def test_claims_are_played_again_and_parted_by_the_peak_learning_rate():
     assert 0.002 <= low["from"] < low["to"] < middle["from"] < middle["to"] < high["from"]
     parts = [third["final_test_minus"]["policy - default"]["estimate"] for third in thirds]
     assert np.mean(parts) == pytest.approx(minus["policy - default"]["estimate"])
+
+
+def test_another_policy_is_parted_by_how_often_the_data_are_seen():
+    policy, other = Policy.load("default"), Policy.load("families")
+    small = {"d_model": 16, "n_heads": 4, "n_layers": 1, "context": 8, "horizon": 40}
+    place = Place(n_tasks=6, options={**small, "unique_bytes": (200, 20_000)})
+    policies = {"mean": policy, "policy": policy, "rival": other}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rival, "where_of", lambda *args: eager(where_of(*args)))
+        found = rival.compare(policies, place)
+    apart = {pair: each["estimate"] for pair, each in found["final_test_minus"].items()}
+    assert apart["mean - policy"] == 0 and apart["policy - rival"] != 0
+    groups = found["by_epochs"]
+    assert len(groups) > 1 and sum(group["n_tasks"] for group in groups) == 6
+    whole = sum(group["n_tasks"] * group["final_test"]["rival"] for group in groups) / 6
+    assert whole == pytest.approx(found["final_test"]["rival"])
 
 
 def eager(where):
