@@ -1,10 +1,11 @@
-"""Another policy beside the shipped one, the mean of the two, and the default setting.
+r"""Another policy beside the shipped one, the mean of the two, and the default setting.
 
     metactl evaluate --policy default --linear-runs 2688 ... --run-dir runs/grid
     python -m benchmarks.rival --rival runs/grid/linear --json docs/rival.json
 
-    metactl train --config configs/long.yaml --run-dir runs/long
-    python -m benchmarks.rival --rival runs/long/policy --places default 960 --json docs/long.json
+    metactl train --config configs/long.yaml --run-dir runs/long    # benchmarks/policies/long
+    python -m benchmarks.rival --rival benchmarks/policies/long \
+        --places default english 480 960 --json docs/long.json
 
 The mean acts as both do on average. All are guarded, begin at the default setting and live
 through the same runs, those of the evaluations in docs/evidence.md. What is finished is in the file
