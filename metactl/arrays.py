@@ -48,7 +48,7 @@ class Remembers:
         return {name: to_json(getattr(self, name)) for name in self.memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts a state in force, all of it or, where it does not fit, nothing."""
+        """Puts a state in force: all that `memory` names or, where that does not fit, nothing."""
         read = {name: from_json(state[name], getattr(self, name)) for name in self.memory}
         for name, value in read.items():
             setattr(self, name, value)

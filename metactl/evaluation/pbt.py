@@ -93,7 +93,9 @@ class Takeovers:
         targets: list[int] = []
         loss = np.where(np.isfinite(probe_loss), probe_loss, np.inf)
         began = loop.start_loss if self._began is None else self._began
-        self._stretches.append(Stretch(loop.positions.copy(), began - loss))
+        with np.errstate(invalid="ignore"):  # of who had diverged before
+            gain = np.where(np.isfinite(loss), began - loss, -np.inf)
+        self._stretches.append(Stretch(loop.positions.copy(), gain))
         n_replaced = max(1, round(self.share * self.n_members))
         for first in range(0, loop.run.n_runs - self.n_members + 1, self.n_members):
             own = int(loop.run_seeds[first])  # the task's, wherever it is played

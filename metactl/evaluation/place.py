@@ -31,7 +31,7 @@ class Where:
         """A row of shards; the caller closes it.
 
         Raises:
-            ConfigError: If the environment has no such option.
+            ValueError: If the environment has no such option.
         """
         options = {**self.options, **changes}
         place = (self.env_id, self.n_envs, options, self.n_workers)

@@ -335,7 +335,7 @@ def _require_feasible(plan: EvaluationPlan, where: Where) -> None:
     if plan.disturbed:
         try:
             where.open(disturb=1.0).close()
-        except (ConfigError, ShardError) as error:
+        except (ValueError, ShardError) as error:
             raise ConfigError(
                 f"Runs of {where.env_id} cannot be disturbed: they have no option 'disturb'; "
                 f"leave out --disturbed and --suite full"

@@ -196,7 +196,8 @@ def _whole_trials(
 
         def report(steps: int, mean_return: float) -> None:
             assert trial.recipe is not None
-            tune.report(told(steps / trial.recipe.ppo.total_timesteps, mean_return))
+            share = min(1.0, steps / trial.recipe.ppo.total_timesteps)  # rollouts are whole
+            tune.report(told(share, mean_return))
 
         run_trial(config, trial, root, report)
         tune.report(told(1.0, told.last))
@@ -253,7 +254,12 @@ def _asha() -> Any:
     from ray.tune.schedulers import ASHAScheduler
 
     return ASHAScheduler(
-        time_attr="percent", metric="return", mode="max", grace_period=_GRACE, max_t=100
+        time_attr="percent",
+        metric="return",
+        mode="max",
+        grace_period=_GRACE,
+        max_t=100,
+        stop_last_trials=False,  # at its last report a trial has still to be scored
     )
 
 

@@ -13,7 +13,9 @@ from metactl.controllers import BaseController, Learned, Plateau, Schedule, With
 from metactl.env import ControlLoop
 from metactl.episodes import ControlConfig
 from metactl.evaluation import (
+    EvaluationPlan,
     Where,
+    evaluate,
     headroom,
     paired_episodes,
     play_arms,
@@ -296,6 +298,14 @@ def test_the_best_for_each_task_is_chosen_on_one_run_and_scored_on_another(shard
     chosen_on = {"a": runs((1, 0), (4, 0)), "b": runs((2, 0), (3, 0))}
     scored_on = {"a": runs((9, 10), (0, 20)), "b": runs((0, 30), (9, 40))}
     assert per_task_best(chosen_on, scored_on, ["a", "b"]).tolist() == [10, 40]
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_runs_that_cannot_be_disturbed_are_named_from_workers_too(shards, n_workers):
+    where = Where(env_id=TOY, options={"n_control_steps": N}, n_envs=2, n_workers=n_workers)
+    plan = EvaluationPlan(n_tasks=2, grid_points=1, disturbed=True)
+    with pytest.raises(ConfigError, match="cannot be disturbed: they have no option 'disturb'"):
+        evaluate(resting_policy(shards.describe()), where, plan)
 
 
 def test_an_environment_without_the_option_is_named():

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from metactl.sweep.check import check_sweep, check_trials
 from metactl.sweep.config import SweepConfig, plan, resolved, trial_folder
 from metactl.sweep.report import missing_members, write_report
 from metactl.sweep.result import RESULT, STOPPED, read_result
-from metactl.sweep.run import Outcome
+from metactl.sweep.run import Outcome, _asha
 from metactl.sweep.score import play_kinds, play_pair
 from metactl.sweep.searcher import POINT, placed, require_searcher
 from metactl.sweep.trial import run_trial
@@ -379,6 +380,14 @@ def test_a_sweep_leaves_the_mean_of_its_best_policies(tmp_path):
     assert missing_members(config, outcome) == ""
     one = Outcome(results=results[:1], stopped=[], failed={trials[1].name: "died"}, left=[])
     assert "made of 1 trials, not of mean_of=2: no more ended" in missing_members(config, one)
+
+
+def test_a_trial_is_not_given_up_at_its_last_report_which_comes_before_its_score():
+    scheduler, trial = _asha(), SimpleNamespace(trial_id="0")
+    scheduler.on_trial_add(None, trial)
+    for percent in (50, 100):
+        decision = scheduler.on_trial_result(None, trial, {"percent": percent, "return": 1.0})
+        assert decision == scheduler.CONTINUE
 
 
 def test_a_mean_of_more_policies_than_trials_is_refused_before_anything_starts(tmp_path):
