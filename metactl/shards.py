@@ -6,6 +6,7 @@ program, so on a CPU each core gets its own worker process with one thread.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -253,7 +254,8 @@ class ShardRow:
     ) -> Iterator[tuple[int, list[PlayedRun]]]:
         """Plays populations, each on one shard; place and results, as they come."""
         if self._local is not None:
-            yield from ((i, self._local.play(chunk, between)) for i, chunk in enumerate(chunks))
+            for i, chunk in enumerate(chunks):  # copies, as workers get them
+                yield i, self._local.play(deepcopy(list(chunk)), between)
             return
         waiting = list(enumerate(chunks))[::-1]
         busy: dict[Worker, int] = {}

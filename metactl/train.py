@@ -83,7 +83,8 @@ def train(
         resume: Go on from the newest checkpoint in `run_dir`; from the beginning, where a kill came
             before the first.
         progress: Told about every control step.
-        report: Told before every update: control steps so far, mean return of the runs that ended.
+        report: Told before an update, if runs have ended since the last: control steps so far, mean
+            return of those runs.
 
     Returns:
         The policy.

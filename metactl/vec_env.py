@@ -60,10 +60,13 @@ class ShardVecEnv(VecEnv):
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         self._seed = 0 if seed is None else seed
-        return [self._seed + i for i in range(self.num_envs)]
+        return self._row_seeds()
+
+    def _row_seeds(self) -> list[int]:
+        return [self._seed + i // self.paired_runs for i in range(self.num_envs)]
 
     def reset(self) -> np.ndarray:
-        seeds = [self._seed + i // self.paired_runs for i in range(self.num_envs)]
+        seeds = self._row_seeds()
         self._age = np.zeros((2, self.num_envs), dtype=np.int64)  # episode, control step
         self._returns = np.zeros(self.num_envs)
         n = self.shards.n_envs

@@ -65,8 +65,8 @@ class EvaluationPlan:
         seed: Of the tasks and runs.
         settings: Further static settings by knob name, in the grid and as arms of their own.
         rivals: Other policies, as arms of these names.
-        controls: Random moves, yoked runs, signals of another run, no guard: what tells feedback
-            apart.
+        controls: Random moves, yoked runs, signals of another run, no guard, and further rules:
+            what tells feedback apart.
         each_group: Swap every group of signals alone too.
         each_knob: Give the policy every knob alone, and leave every knob out.
         beforehand: Also choose static settings on as many tasks of meta-training, told what is
@@ -118,8 +118,9 @@ def evaluate(
     Arms: the default setting; a grid of static settings over all knobs, of which the best on
     average (SBS) and the best for each task (VBS) are chosen on the probe and scored on test; the
     responsive rule; the replay of the policy's own mean trajectory; the policy; and what the plan
-    adds. All start from the default setting, but for the grid; with `beforehand` again from the
-    static setting that is best on tasks of meta-training.
+    adds. What moves knobs starts from the default setting (but for a span that warms up, and all
+    but one member of a population); with `beforehand` again from the static setting that is best on
+    tasks of meta-training.
 
     Args:
         policy: Who is judged.

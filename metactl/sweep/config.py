@@ -97,8 +97,8 @@ class Stop:
         minutes: Of each start of the sweep; what is not done then is left, and the same command
             goes on.
         patience: Reports of a trial without a better return, after which it is given up; counted
-            from its last start. It reports after every update (`"train"`), or `every` so many
-            control steps (`"knobs"`).
+            from its last start. It reports before updates, where runs have ended (`"train"`), or
+            `every` so many control steps (`"knobs"`).
     """
 
     minutes: float | None = None

@@ -12,6 +12,7 @@ from toy_plant import TOY
 from metactl.config import ConfigError
 from metactl.controllers import RandomMoves, Static
 from metactl.errors import WorkerDied
+from metactl.evaluation import paired_episodes
 from metactl.rollout import PlannedRun
 from metactl.shards import ShardRow, make_population
 from metactl.vec_env import ShardVecEnv
@@ -111,6 +112,24 @@ def test_a_refused_option_says_the_same_from_a_worker_as_from_this_process(optio
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
     assert next(iter(options)) in messages[0]
+
+
+class Counting(Static):
+    asked = 0
+
+    def act(self, observation):
+        self.asked += 1
+        return super().act(observation)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_what_a_controller_went_through_in_one_population_is_not_there_in_the_next(n_workers):
+    controller = Counting()
+    with ShardRow(TOY, 1, {"n_control_steps": 4}, n_workers) as row:
+        episode = paired_episodes(1, 0, row.knobs.default_positions(1)[0])[0]
+        planned = [PlannedRun(arm="a", episode=episode, controller=controller)] * 2
+        first, second = row.play(planned)
+    assert first.final_test == second.final_test and controller.asked == 0
 
 
 @pytest.mark.parametrize("name", ["num_envs", "vectorization_mode", "wrappers"])
